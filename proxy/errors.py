@@ -1,0 +1,133 @@
+"""One error type, its stable codes, and the one table from code to HTTP status.
+
+A code appears in the access log, in metrics and in the response header `Wakefront-Error`. Codes named like Fly's
+(spec routing §7) mean what Fly's mean; ours that Fly has no name for begin with `W`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import assert_never
+
+
+class Code(enum.StrEnum):
+    # ours: the client's request was not one we can pass on
+    BAD_REQUEST = "WD01"
+    HEAD_TOO_LARGE = "WD02"
+    TARGET_TOO_LONG = "WD03"
+    METHOD_UNKNOWN = "WD04"
+    VERSION_UNSUPPORTED = "WD05"
+    HEAD_TIMEOUT = "WD06"
+    BODY_TIMEOUT = "WD07"
+    MISDIRECTED = "WD08"  # Host names an app other than the one whose certificate was shown
+    UNKNOWN_HOST = "WD09"
+    EXPECTATION_FAILED = "WD10"
+    CLIENT_GONE = "WD11"
+    DRAINING = "WD12"
+    IDLE_TIMEOUT = "WD13"
+    # Fly's: refused, reset and timed-out connections to machines
+    CONNECT_REFUSED = "PC01"
+    CONNECT_RESET = "PC03"
+    CONNECT_TIMEOUT = "PC05"
+    CONNECT_IO = "PC06"
+    REQUEST_UNFINISHED = "PU02"  # the machine closed before it answered
+    RESPONSE_INVALID = "WU01"  # the machine answered with something that is not HTTP
+    FIRST_BYTE_TIMEOUT = "WU02"
+    BODY_UNFINISHED = "PU05"  # the machine closed in the middle of its answer
+    UPGRADE_REFUSED = "WU03"
+    # Fly's: waking
+    WAKE_INTERNAL = "PM02"
+    WAKE_TIMEOUT = "PM03"  # started, but nothing listened in time
+    MACHINE_UNREACHABLE = "PM05"
+    START_FAILED = "PM07"
+    NOT_STARTABLE = "PM08"
+    START_CANCELLED = "PM10"
+    WAKE_HELD = "WM01"  # the breaker is open: recent starts failed, the next try comes later
+    TOO_MANY_WAITERS = "WM02"
+    CONTROL_UNAVAILABLE = "WM03"  # nothing runs, and the process that starts machines is not there
+    # Fly's: TLS
+    TLS_RATE_SOURCE = "PT01"
+    TLS_CANCELLED = "PT03"
+    TLS_FAILED = "PT04"
+    TLS_NO_CERTIFICATE = "PT05"
+    TLS_IO = "PT07"
+    TLS_TIMEOUT = "PT08"
+    TLS_INTERNAL = "PT09"
+    # Fly's: no machine to send to
+    MACHINE_GONE = "PR02"
+    NO_CANDIDATE_AFTER_RETRIES = "PR03"
+    NO_CANDIDATE = "PR04"
+    CONNECTION_LIMIT = "PL01"
+    INTERNAL = "WE01"
+
+
+class Source(enum.StrEnum):
+    DOWNSTREAM = "downstream"
+    UPSTREAM = "upstream"
+    MACHINE = "machine"
+    EDGE = "edge"
+
+
+class Retry(enum.StrEnum):
+    NEVER = "never"
+    NOTHING_SENT = "nothing-sent"  # no byte of the request left us
+    REUSED_CONNECTION = "reused-connection"  # a kept connection closed before any answer byte
+
+
+class ProxyError(Exception):
+    """A request, connection or wake that cannot go on. `detail` is for the log, never for the client's page."""
+
+    def __init__(
+        self, code: Code, source: Source = Source.EDGE, retry: Retry = Retry.NEVER, detail: str = "",
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(f"{code.value} {code.name.lower()}: {detail}" if detail else f"{code.value} {code.name.lower()}")
+        self.code = code
+        self.source = source
+        self.retry = retry
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+
+
+def http_status(code: Code) -> int:
+    """The status a client sees for a code. TLS codes have none on the wire; they map to 500 and are never sent."""
+    match code:
+        case Code.BAD_REQUEST | Code.CLIENT_GONE:
+            return 400
+        case Code.HEAD_TIMEOUT | Code.BODY_TIMEOUT | Code.IDLE_TIMEOUT:
+            return 408
+        case Code.TARGET_TOO_LONG:
+            return 414
+        case Code.EXPECTATION_FAILED:
+            return 417
+        case Code.MISDIRECTED:
+            return 421
+        case Code.HEAD_TOO_LARGE:
+            return 431
+        case Code.UNKNOWN_HOST:
+            return 404
+        case Code.METHOD_UNKNOWN:
+            return 501
+        case Code.VERSION_UNSUPPORTED:
+            return 505
+        case (
+            Code.CONNECT_REFUSED | Code.CONNECT_RESET | Code.CONNECT_IO | Code.REQUEST_UNFINISHED
+            | Code.RESPONSE_INVALID | Code.BODY_UNFINISHED | Code.UPGRADE_REFUSED | Code.MACHINE_UNREACHABLE
+            | Code.MACHINE_GONE
+        ):  # fmt: skip
+            return 502
+        case (
+            Code.WAKE_HELD | Code.TOO_MANY_WAITERS | Code.CONTROL_UNAVAILABLE | Code.NO_CANDIDATE
+            | Code.NO_CANDIDATE_AFTER_RETRIES | Code.START_FAILED | Code.NOT_STARTABLE | Code.START_CANCELLED
+            | Code.WAKE_INTERNAL | Code.CONNECTION_LIMIT | Code.DRAINING
+        ):  # fmt: skip
+            return 503
+        case Code.CONNECT_TIMEOUT | Code.FIRST_BYTE_TIMEOUT | Code.WAKE_TIMEOUT:
+            return 504
+        case (
+            Code.TLS_RATE_SOURCE | Code.TLS_CANCELLED | Code.TLS_FAILED | Code.TLS_NO_CERTIFICATE | Code.TLS_IO
+            | Code.TLS_TIMEOUT | Code.TLS_INTERNAL | Code.INTERNAL
+        ):  # fmt: skip
+            return 500
+        case _:
+            assert_never(code)

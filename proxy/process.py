@@ -1,0 +1,80 @@
+"""What the supervisor hands to the processes it forks. Standard library only: the supervisor imports it.
+
+`ServePlan` is made by `wakefront serve` from a valid config.toml and passed to the supervisor as JSON, so that the
+supervisor reads no configuration. `ChildContext` is what a forked child finds: sockets, shared memory, its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """One bind address of one public port. Clients mean `public_port`, whatever port is bound."""
+
+    public_port: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServePlan:
+    """All that the supervisor needs to know. Paths are absolute."""
+
+    config_path: str
+    data_dir: str
+    workers: int
+    listen: tuple[ListenAddress, ...]
+    drain_timeout_s: float = 30.0
+
+    @property
+    def run_dir(self) -> str:
+        """Sockets, the table snapshot, the pid file: what lives no longer than the processes do."""
+        return os.path.join(self.data_dir, "run")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ServePlan:
+        raw = json.loads(text)
+        raw["listen"] = tuple(ListenAddress(**one) for one in raw["listen"])
+        return cls(**raw)
+
+
+@dataclass(slots=True)
+class ListenSocket:
+    """A listening socket of one worker slot (SO_REUSEPORT), held by the supervisor for ever."""
+
+    public_port: int
+    socket: socket.socket
+
+
+@dataclass(slots=True)
+class ChildContext:
+    """What a child is and has. `index` is its heartbeat cell: 0 for control, 1 + slot for a worker."""
+
+    role: str  # control | worker
+    slot: int  # worker slot, 0-based; 0 for control
+    index: int
+    incarnation: int  # 1 for the first process in this place, growing
+    plan: ServePlan
+    shared_fd: int  # memfd of state.SharedMemory
+    listeners: list[ListenSocket] = field(default_factory=list)
+    control_listener: socket.socket | None = None  # Unix stream listener at run_dir/control.sock; control accepts on it
+    channel: socket.socket | None = None  # Unix SEQPACKET to the supervisor, JSON messages
+    tls_context: ssl.SSLContext | None = None  # the base context; owns the ticket keys, made before any fork
+
+
+def unix_address(directory: str, name: str) -> str:
+    """An address for a Unix socket in a folder whose path may be longer than sun_path takes (108 bytes)."""
+    path = os.path.join(directory, name)
+    if len(os.fsencode(path)) < 100:
+        return path
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return f"/proc/self/fd/{fd}/{name}"

@@ -1,0 +1,167 @@
+"""Shared memory: heartbeats, load counters and metric cells, one writer to a cell.
+
+Laid out as 8-byte aligned cells in a memfd that the supervisor makes and every child maps. A cell is written by one
+process only; others read it. So no increment is ever lost and no lock is needed, but for the one fence in `Load.admit`.
+The supervisor zeroes a dead worker's gauges after it has been reaped; counters that only grow stay.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+
+MACHINE_SLOTS = 65_536
+APP_SLOTS = 16_384
+_LINE = 8  # cells in a cache line
+
+# Cells of a worker's own block.
+WORKER_CELLS = 64
+W_CONNECTIONS = 0  # gauge: client connections open
+W_TLS_HANDSHAKES = 1
+W_TLS_RESUMED = 2
+W_TLS_ERRORS = 3
+W_ACCEPTED = 4
+W_REFUSED = 5  # connections over the limit
+W_LOG_DROPPED = 6  # access-log lines lost because the file could not be written
+W_WAKES = 7
+W_TLS_TIME_US = 8
+W_LOOP_LAG_US = 9  # gauge: latest measured lateness of the loop
+_WORKER_GAUGES = (W_CONNECTIONS, W_LOOP_LAG_US)
+
+# Cells of an app's block, in each worker's part.
+APP_CELLS = 128
+STATUSES = (
+    100, 101, 103, 200, 201, 202, 203, 204, 205, 206, 207, 208, 226, 300, 301, 302, 303, 304, 307, 308, 400, 401, 402,
+    403, 404, 405, 406, 407, 408, 409, 410, 411, 412, 413, 414, 415, 416, 417, 418, 421, 422, 423, 424, 425, 426, 428,
+    429, 431, 451, 500, 501, 502, 503, 504, 505, 506, 507, 508, 510, 511,
+)  # fmt: skip
+STATUS_CELL = {status: cell for cell, status in enumerate(STATUSES)}
+OTHER_STATUS = 63  # the cell of every status not listed
+LATENCY_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+A_LATENCY = 64  # len(LATENCY_BOUNDS_S) + 1 buckets, not cumulative
+A_LATENCY_SUM_US = 80
+A_BYTES_IN = 81
+A_BYTES_OUT = 82
+A_CONNECTS = 83  # client connections whose first request was for this app
+A_DISCONNECTS = 84
+A_UPSTREAM_CONNECTS = 85
+A_UPSTREAM_DISCONNECTS = 86
+A_UPSTREAM_CONNECT_TIME_US = 87
+A_UPSTREAM_LATENCY = 88  # buckets of the time to the machine's response head
+A_UPSTREAM_LATENCY_SUM_US = 104
+A_ERRORS = 105  # answers that we made ourselves because something failed
+A_WAKES = 106  # requests that waited for a machine to start
+
+
+class SharedMemory:
+    """The map and where things are in it. Sizes follow from the number of workers alone.
+
+    `cells` is the whole as signed 64-bit integers. The file is sparse: pages never written cost nothing.
+    """
+
+    def __init__(self, fd: int, workers: int) -> None:
+        self.workers = workers
+        self._heartbeats = 0
+        self._workers = (workers + 1) * _LINE
+        self._load = self._workers + workers * WORKER_CELLS
+        self._apps = self._load + workers * MACHINE_SLOTS * 2
+        self.size = (self._apps + workers * APP_SLOTS * APP_CELLS) * 8
+        if os.fstat(fd).st_size < self.size:
+            os.ftruncate(fd, self.size)
+        self._map = mmap.mmap(fd, self.size)
+        self.cells = memoryview(self._map).cast("q")
+
+    @staticmethod
+    def create(workers: int) -> tuple[int, SharedMemory]:
+        """A new, zeroed memory; the descriptor is inheritable by fork and closed on exec."""
+        fd = os.memfd_create("wakefront", os.MFD_CLOEXEC)
+        return fd, SharedMemory(fd, workers)
+
+    # heartbeats: monotonic nanoseconds, written by the child itself
+    def beat(self, index: int, now_ns: int) -> None:
+        self.cells[self._heartbeats + index * _LINE] = now_ns
+
+    def last_beat(self, index: int) -> int:
+        return self.cells[self._heartbeats + index * _LINE]
+
+    def worker_base(self, worker: int) -> int:
+        """First cell of a worker's own block (W_ names are offsets into it)."""
+        return self._workers + worker * WORKER_CELLS
+
+    def app_base(self, worker: int, app_slot: int) -> int:
+        """First cell of an app's block in a worker's part (A_ names and STATUS_CELL are offsets into it)."""
+        return self._apps + (worker * APP_SLOTS + app_slot) * APP_CELLS
+
+    def load_base(self, worker: int) -> int:
+        """First cell of a worker's load column: in-flight of machine slot s at +2*s, admitted in all at +2*s+1."""
+        return self._load + worker * MACHINE_SLOTS * 2
+
+    def in_flight(self, slot: int) -> int:
+        """Requests (or connections) in flight on a machine, over all workers."""
+        first = self._load + slot * 2
+        return sum(self.cells[first + worker * MACHINE_SLOTS * 2] for worker in range(self.workers))
+
+    def admitted(self, slot: int) -> int:
+        """Requests ever admitted to a machine slot. It only grows, so a difference means there was traffic."""
+        first = self._load + slot * 2 + 1
+        return sum(self.cells[first + worker * MACHINE_SLOTS * 2] for worker in range(self.workers))
+
+    def app_total(self, app_slot: int, cell: int) -> int:
+        return sum(self.cells[self.app_base(worker, app_slot) + cell] for worker in range(self.workers))
+
+    def worker_total(self, cell: int) -> int:
+        return sum(self.cells[self.worker_base(worker) + cell] for worker in range(self.workers))
+
+    def clear_worker(self, worker: int) -> None:
+        """Zero a reaped worker's gauges: its load column's in-flight cells and its connection count."""
+        first = self._load + worker * MACHINE_SLOTS * 2
+        column = self.cells[first : first + MACHINE_SLOTS * 2]
+        for cell in range(0, MACHINE_SLOTS * 2, 2):
+            if column[cell]:
+                column[cell] = 0
+        base = self.worker_base(worker)
+        for gauge in _WORKER_GAUGES:
+            self.cells[base + gauge] = 0
+
+    def close(self) -> None:
+        self.cells.release()
+        self._map.close()
+
+
+class Load:
+    """One worker's column of the load counters, and admission against the sum over all workers."""
+
+    __slots__ = ("_base", "_cells", "_fence", "_memory")
+
+    def __init__(self, memory: SharedMemory, worker: int) -> None:
+        self._memory = memory
+        self._cells = memory.cells
+        self._base = memory.load_base(worker)
+        self._fence = threading.Lock()
+
+    def admit(self, slot: int, hard_limit: int | None) -> bool:
+        """Count one more on a machine, or, when that would pass `hard_limit` over all workers, leave it uncounted.
+
+        The own increment is published before the others are read, with a full fence between: two workers may both
+        retreat, never both pass. An uncontended lock is that fence (measured: without one two processes missed each
+        other).
+        """
+        cells = self._cells
+        index = self._base + slot * 2
+        cells[index] += 1
+        if hard_limit is not None:
+            with self._fence:
+                pass
+            if self._memory.in_flight(slot) > hard_limit:
+                cells[index] -= 1
+                return False
+        cells[index + 1] += 1
+        return True
+
+    def release(self, slot: int) -> None:
+        self._cells[self._base + slot * 2] -= 1
+
+    def count_connection(self, slot: int, change: int) -> None:
+        """Count a tunnel or raw connection in or out without admission."""
+        self._cells[self._base + slot * 2] += change
