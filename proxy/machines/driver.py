@@ -123,5 +123,15 @@ class Driver(Protocol):
 
     def stats(self, machine: MachineId) -> Stats | None: ...
 
+    def find_machines(self) -> dict[MachineId, Running]:
+        """Every machine of this node that runs now, watched or not, also of apps no longer configured. For control's
+        start: adopt those that are wanted, `stop_stray` the others. Adopt before you hear the supervisor's exits."""
+
+    async def stop_stray(self, machine: MachineId, running: Running, timeout_s: float) -> None:
+        """End a machine that no spec names any more (SIGTERM, then SIGKILL). Reports no exit; returns once it is gone."""
+
+    def release(self, machine: MachineId) -> None:
+        """The machine is no longer configured and does not run: free what `prepare` made for it."""
+
     async def close(self) -> None:
         """Stop watching. Machines go on."""
