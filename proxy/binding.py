@@ -1,0 +1,151 @@
+"""Binds the public addresses, for the supervisor: one SO_REUSEPORT socket per address and worker slot.
+
+Standard library only. A port may be shared silently with any process of the same user once SO_REUSEPORT is set, and
+then half of the clients would reach that other process; so each address is first tried without it. All faults are
+collected and told at once, with the holder of a taken port where it can be found.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+
+from proxy.process import ListenAddress, ListenSocket
+
+BACKLOG = 4096
+_RETRY_S = 0.02
+
+
+class BindError(Exception):
+    """Some addresses can't be bound; the message has one line for each."""
+
+
+def bind_all(listen: Sequence[ListenAddress], slots: int, patience_s: float = 0.0) -> list[list[ListenSocket]]:
+    """The listening sockets of each slot, every one bound to every address, non-blocking and closed on exec.
+
+    `patience_s`: how long a taken port is tried again, for the moments in which the processes of a killed supervisor
+    still end. Raises BindError naming every address that can't be had.
+    """
+    deadline = time.monotonic() + patience_s
+    sockets: list[list[ListenSocket]] = [[] for _ in range(slots)]
+    faults: list[str] = []
+    for address in listen:
+        try:
+            for one in _resolve(address):
+                _wait_until_free(one, deadline)
+                for slot, bound in enumerate(_bind_slots(one, slots)):
+                    sockets[slot].append(ListenSocket(address.public_port, bound))
+        except OSError as error:
+            faults.append(f"{_name(address)} (public port {address.public_port}): {_explain(error, address)}")
+    if faults:
+        for held in sockets:
+            for listener in held:
+                listener.socket.close()
+        raise BindError("\n".join(faults))
+    return sockets
+
+
+def _name(address: ListenAddress) -> str:
+    return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
+
+
+_Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]]
+
+
+def _resolve(address: ListenAddress) -> list[_Address]:
+    found = socket.getaddrinfo(
+        address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
+    )
+    return list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))
+
+
+def _new_socket(family: socket.AddressFamily) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    # Connections of the last run in TIME_WAIT must not keep the port; a listener still does.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return made
+
+
+def _wait_until_free(address: _Address, deadline: float) -> None:
+    """Bind without SO_REUSEPORT: that fails whenever anybody listens there, sharing or not."""
+    family, sockaddr = address
+    while True:
+        try:
+            with _new_socket(family) as probe:
+                probe.bind(sockaddr)
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                raise
+        time.sleep(_RETRY_S)
+
+
+def _bind_slots(address: _Address, slots: int) -> Iterator[socket.socket]:
+    """One listening socket a slot. Port 0 means one free port, the same for all."""
+    family, sockaddr = address
+    for _ in range(slots):
+        bound = _new_socket(family)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound.bind(sockaddr)
+            bound.listen(BACKLOG)
+        except OSError:
+            bound.close()
+            raise
+        sockaddr = bound.getsockname()
+        yield bound
+
+
+def _explain(error: OSError, address: ListenAddress) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"{address.host!r} is no address of this host ({error.strerror}); write an IP address in [listen]"
+    if error.errno == errno.EADDRINUSE:
+        holder = _holder(address.port) or "not visible to this user"
+        return f"something else listens there ({holder}); stop it or choose another port in [listen]"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return (
+            f"not permitted: ports below {_first_unprivileged_port()} need root, CAP_NET_BIND_SERVICE or a lower "
+            "sysctl net.ipv4.ip_unprivileged_port_start; or bind a higher port in [listen]"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "no network interface of this host has that address; correct it in [listen]"
+    return f"{error.strerror or error}"
+
+
+def _first_unprivileged_port() -> str:
+    try:
+        with open("/proc/sys/net/ipv4/ip_unprivileged_port_start") as file:
+            return file.read().strip()
+    except OSError:
+        return "1024"
+
+
+def _holder(port: int) -> str | None:
+    """The process that listens on a port, as far as we may look into it; only for the message."""
+    inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{fd}") in inodes:
+                    with open(f"/proc/{pid}/comm") as file:
+                        return f"{file.read().strip()}, pid {pid}"
+        except OSError:  # ended meanwhile, or another user's
+            continue
+    return None
+
+
+def _listening_inodes(port: int) -> Iterator[str]:
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(table) as file:
+                lines = file.read().splitlines()[1:]
+        except OSError:
+            continue
+        for fields in map(str.split, lines):
+            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                yield fields[9]

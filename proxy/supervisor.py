@@ -1,0 +1,798 @@
+"""The root process: binds, shares memory, starts control and workers, replaces them when they die or freeze.
+
+    python -m proxy.supervisor --plan-fd N        (or: --plan '{"config_path": ...}')
+
+One thread, no event loop, standard library only, no business: so that nothing here has a reason to fail or to wait.
+It reads no configuration (the plan comes from `wakefront serve`), touches no connection and knows no app. Everything
+else may die at any time; what must outlive it is held here: listening sockets, load counters, the TLS ticket keys,
+control's Unix listener, and the ends of machines whose control has died (see orphans.py).
+
+    SERVING --SIGTERM, SIGINT--> DRAINING (workers finish) --all ended--> STOPPING (control stops machines) --> ENDED
+
+A place is control or a worker slot; a child is the process in it. A place whose child has ended is filled again at
+once, later if it keeps failing. A child says `ready` once over its channel and beats shared memory from its loop; one
+whose beat stands still for `STALE_S` is killed. It waits in `Supervisor._turn` alone.
+
+Exit status: 0 drained, 1 the drain was cut short, 2 an address can't be bound or another supervisor holds data_dir.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import fcntl
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import selectors
+import signal
+import socket
+import ssl
+import sys
+import time
+import traceback
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NoReturn
+
+from proxy.binding import BindError, bind_all
+from proxy.orphans import Orphans
+from proxy.process import ChildContext, ListenAddress, ListenSocket, ServePlan, unix_address
+from proxy.state import SharedMemory
+
+STALE_S = 3.0  # a beat this old means frozen or blocked
+FIRST_BEAT_S = 20.0  # a child may take this long to start
+WATCH_S = 0.25  # how often beats are looked at
+LATE_S = 1.5  # woken this late, we ourselves stood still, and everybody's beat looks old
+QUICK_DEATH_S = 5.0  # a life shorter than this counts as a failed start
+LONG_LIFE_S = 30.0  # and one this long forgives them
+BACKOFF_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+BACKOFF_AFTER_READY = 3  # a child that had served comes back within 0.4 s however often it dies
+DRAIN_MARGIN_S = 2.0  # workers cut their own last requests at drain_timeout_s; then they need to end
+STOP_S = 330.0  # kill_timeout may be 300 s
+HURRIED_STOP_S = 10.0  # after a second SIGTERM or SIGINT
+STOP_ATTEMPTS = 4  # controls that may fail at stopping machines
+UNCLEAN_PATIENCE_S = 1.0  # children of a killed supervisor end within this
+MOST_OPEN_FILES = 1_048_576  # per worker, where the hard limit is higher
+ORPHAN_SCAN_S = 5.0  # without any SIGCHLD
+EXIT_CANNOT_START = 2
+EXIT_CHILD_FAILED = 70
+_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
+_DATAGRAM_BYTES = 65_536
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+Role = Literal["control", "worker"]
+
+
+def exec_supervisor(plan: ServePlan) -> NoReturn:
+    """Become the supervisor: the caller's process goes on as it, with the same pid, stdio and environment."""
+    fd = os.memfd_create("wakefront-plan")
+    os.write(fd, plan.to_json().encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.set_inheritable(fd, True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # -P: a folder called `proxy` in the current directory must not be taken for this package.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "proxy.supervisor", "--plan-fd", str(fd)])
+
+
+def main(argv: list[str]) -> int:
+    plan = _read_plan(argv)
+    try:
+        supervisor = Supervisor(plan)
+    except CannotStart as error:
+        for line in str(error).splitlines():
+            print(f"wakefront: {line}", file=sys.stderr)
+        return EXIT_CANNOT_START
+    return supervisor.run()
+
+
+def _read_plan(argv: list[str]) -> ServePlan:
+    match argv:
+        case ["--plan-fd", fd]:
+            with open(int(fd), "rb") as file:
+                return ServePlan.from_json(file.read().decode())
+        case ["--plan", text]:
+            return ServePlan.from_json(text)
+    raise SystemExit("usage: python -m proxy.supervisor --plan-fd N | --plan JSON   (use `wakefront serve`)")
+
+
+class CannotStart(Exception):
+    """Nothing was started. The message says what to do."""
+
+
+class Stage(enum.Enum):
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    ENDED = "ended"
+
+
+@dataclass(slots=True)
+class Child:
+    """A running process and what is known of its health."""
+
+    pid: int
+    pidfd: int
+    channel: socket.socket
+    started_at: float
+    beat: int = 0  # the value last seen in its heartbeat cell
+    beat_at: float = 0.0  # when it was seen to change; judged by our clock alone
+    ready: bool = False
+    killed: bool = False
+    gone_quiet: bool = False  # it closed its end of the channel
+    outbox: deque[bytes] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class Place:
+    """Control, or one worker slot."""
+
+    role: Role
+    slot: int
+    index: int
+    incarnation: int = 0
+    child: Child | None = None
+    failures: int = 0  # quick deaths in a row
+    start_at: float | None = None  # when to fill it again
+
+    @property
+    def name(self) -> str:
+        return "control" if self.role == "control" else f"worker {self.slot}"
+
+    def after_death(self, lived_s: float, was_ready: bool) -> float:
+        """Count a death; the seconds to wait before the next start."""
+        if lived_s >= LONG_LIFE_S:
+            self.failures = 0
+        elif lived_s < QUICK_DEATH_S:
+            self.failures += 1
+        most = BACKOFF_AFTER_READY if was_ready else len(BACKOFF_S) - 1
+        return BACKOFF_S[min(max(self.failures - 1, 0), most)]
+
+
+class Supervisor:
+    """Holds what outlives the children, and keeps every place filled."""
+
+    def __init__(self, plan: ServePlan) -> None:
+        self.plan = plan
+        self.stage = Stage.SERVING
+        self._pid = os.getpid()
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        self._set_name("wakefront")
+        self._roles = os.environ.get("WAKEFRONT_ROLES", "proxy")
+        self._notify_socket = os.environ.pop("NOTIFY_SOCKET", None)
+        self._lock_fd, unclean = self._lock()
+        self._listeners = self._bind(UNCLEAN_PATIENCE_S if unclean else 0.0)
+        self._control_listener: socket.socket | None = self._listen_for_workers()
+        self._shared_fd, self._memory = SharedMemory.create(plan.workers)
+        self._tls_context = new_tls_context()
+        self._places = [Place("control", 0, 0), *(Place("worker", slot, 1 + slot) for slot in range(plan.workers))]
+        self._control = self._places[0]
+        self._workers = self._places[1:]
+        self._orphans = Orphans()
+        self._orphans_due = 0.0
+        self._selector = selectors.DefaultSelector()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._announced_ready = False
+        self._watched_at = time.monotonic()
+        self._deadline: float | None = None  # of the drain or the stop
+        self._hurried = False
+        self._stops_failed = 0
+        self._cut_short = False
+        self._lines_lost = 0
+
+    # --- start
+
+    def _lock(self) -> tuple[int, bool]:
+        """Hold run_dir/supervisor.pid; also whether the last holder left it behind without ending cleanly."""
+        run_dir = self.plan.run_dir
+        path = os.path.join(run_dir, "supervisor.pid")
+        try:
+            os.makedirs(self.plan.data_dir, mode=0o700, exist_ok=True)
+            os.makedirs(run_dir, mode=0o700, exist_ok=True)
+            os.chmod(run_dir, 0o700)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            taken = _try_lock(fd)
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            if not taken:
+                raise CannotStart(
+                    f"another wakefront (pid {holder or 'unknown'}) already serves data_dir {self.plan.data_dir}; "
+                    f"stop it first (kill {holder or 'PID'}) or give this node its own [node] data_dir"
+                )
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{self._pid}\n".encode(), 0)
+            for stale in ("ready", "children.json"):
+                _remove(os.path.join(run_dir, stale))
+        except OSError as error:
+            raise CannotStart(f"data_dir {self.plan.data_dir} can't be used: {error}") from error
+        return fd, bool(holder)
+
+    def _bind(self, patience_s: float) -> list[list[ListenSocket]]:
+        try:
+            return bind_all(self.plan.listen, self.plan.workers, patience_s)
+        except BindError as error:
+            self._forget_run()
+            raise CannotStart(f"can't listen:\n{error}") from error
+
+    def _listen_for_workers(self) -> socket.socket:
+        """Control's Unix listener, for the owner only. It stays while controls come and go."""
+        _remove(os.path.join(self.plan.run_dir, "control.sock"))
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        before = os.umask(0o177)
+        try:
+            listener.bind(unix_address(self.plan.run_dir, "control.sock"))
+        except OSError as error:
+            self._forget_run()
+            raise CannotStart(f"{self.plan.run_dir}/control.sock can't be made: {error}") from error
+        finally:
+            os.umask(before)
+        listener.listen(128)
+        return listener
+
+    # --- the loop
+
+    def run(self) -> int:
+        """Serve until drained; the exit status."""
+        self._take_signals()
+        bound = [f"{one['host']}:{one['port']} ({one['public_port']})" for one in self._bound()]
+        self._log("info", f"pid {self._pid}, {self.plan.workers} workers, listening on {', '.join(bound) or 'nothing'}")
+        for place in self._places:
+            place.start_at = time.monotonic()
+        while self.stage is not Stage.ENDED:
+            try:
+                self._turn()
+            except Exception:
+                # The root must outlive what it did not foresee (out of descriptors, a full disk): tell, then try again.
+                self._log("error", "unforeseen: " + traceback.format_exc().replace("\n", " | "))
+                select.select([], [], [], 0.1)
+        self._end()
+        return 1 if self._cut_short else 0
+
+    def _turn(self) -> None:
+        for key, mask in self._selector.select(self._wait_s()):
+            key.data(mask)
+        now = time.monotonic()
+        self._watch(now)
+        self._scan_orphans(now)
+        self._advance(now)
+        for place in self._places:
+            if place.start_at is not None and place.start_at <= now:
+                self._start(place)
+
+    def _wait_s(self) -> float:
+        deadlines = [self._watched_at + WATCH_S, self._orphans_due]
+        deadlines += [place.start_at for place in self._places if place.start_at is not None]
+        if self._deadline is not None:
+            deadlines.append(self._deadline)
+        return max(0.0, min(deadlines) - time.monotonic())
+
+    def _watch(self, now: float) -> None:
+        """Kill children whose beat stands still; forgive all if it is we who stood still."""
+        if 0 <= now - self._watched_at < WATCH_S:
+            return
+        late = not 0 <= now - self._watched_at < LATE_S
+        if late:
+            self._log("warning", f"the supervisor itself stood still for {now - self._watched_at:.1f} s")
+        self._watched_at = now
+        for place in self._places:
+            child = place.child
+            if child is None or child.killed:
+                continue
+            beat = self._memory.last_beat(place.index)
+            if late or beat != child.beat:
+                child.beat, child.beat_at = beat, now
+            elif now - child.beat_at >= (STALE_S if beat else FIRST_BEAT_S):
+                self._log("error", f"{place.name} (pid {child.pid}) is frozen or blocked: no heartbeat; killing it")
+                self._kill(child)
+
+    # --- signals
+
+    def _take_signals(self) -> None:
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, _noticed)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._on_signal)
+
+    def _on_signal(self, mask: int) -> None:
+        came = set(self._wake_reader.recv(4096))
+        if signal.SIGCHLD in came:
+            # Own children are watched by pidfd; this is for orphans. Blocked until the scan, so that a flood of them
+            # costs one wake-up a scan.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+            self._orphans_due = min(self._orphans_due, time.monotonic() + self._orphans.pause_s)
+        if signal.SIGHUP in came:
+            self._reload()
+        if signal.SIGTERM in came or signal.SIGINT in came:
+            self._drain()
+
+    def _reload(self) -> None:
+        child = self._control.child
+        if child is None:
+            self._log("info", "SIGHUP: control is down; the next one reads the configuration anyway")
+            return
+        self._log("info", "SIGHUP: asking control to reload")
+        self._send(child, {"op": "reload"})
+
+    # --- drain
+
+    def _drain(self) -> None:
+        """First SIGTERM or SIGINT: let all end in order. Second: hurry."""
+        now = time.monotonic()
+        if self.stage is not Stage.SERVING:
+            self._hurry(now)
+            return
+        self.stage = Stage.DRAINING
+        self._deadline = now + self.plan.drain_timeout_s + DRAIN_MARGIN_S
+        self._log("info", f"draining: workers have {self.plan.drain_timeout_s:g} s to finish their requests")
+        self._notify("STOPPING=1")
+        for place in self._workers:
+            place.start_at = None
+            if place.child is not None:
+                self._send(place.child, {"op": "drain"})
+                self._signal(place.child, signal.SIGTERM)
+        # From here the workers alone decide how long an address still accepts.
+        self._close_listeners()
+        self._changed()
+
+    def _hurry(self, now: float) -> None:
+        if self._hurried:
+            return
+        self._hurried = True
+        self._log("warning", f"second signal: killing workers, control has {HURRIED_STOP_S:g} s to stop machines")
+        if self.stage is Stage.DRAINING:
+            self._deadline = now
+        else:
+            self._deadline = min(self._deadline or now, now + HURRIED_STOP_S)
+
+    def _advance(self, now: float) -> None:
+        """Go on with the drain when its stage is over."""
+        overdue = self._deadline is not None and now >= self._deadline
+        if self.stage is Stage.DRAINING:
+            left = [place for place in self._workers if place.child is not None]
+            if left and not overdue:
+                return
+            late = [child for place in left if (child := place.child) is not None and not child.killed]
+            for child in late:
+                self._log("warning", f"worker pid {child.pid} did not finish in time; killing it")
+                self._kill(child)
+            if late:
+                self._deadline = now + DRAIN_MARGIN_S  # a process that even SIGKILL can't end must not stop the rest
+                return
+            self._stop_control(now)
+        elif self.stage is Stage.STOPPING and overdue:
+            self._log("error", "control did not stop the machines in time; the next start adopts or stops them")
+            self._cut_short = True
+            self.stage = Stage.ENDED
+
+    def _stop_control(self, now: float) -> None:
+        self.stage = Stage.STOPPING
+        self._deadline = now + (HURRIED_STOP_S if self._hurried else STOP_S)
+        self._log("info", "workers have ended; control stops the machines")
+        if self._control.child is None:
+            self._control.start_at = now
+        else:
+            self._send(self._control.child, {"op": "drain"})
+        self._changed()
+
+    def _end(self) -> None:
+        """Nothing to wait for any more. Children that are left would be orphans of nobody: they are killed."""
+        for place in self._places:
+            if place.child is not None:
+                self._kill(place.child)
+        self._forget_run()
+        _remove(os.path.join(self.plan.run_dir, "control.sock"))
+        self._log("info", "ended" if not self._cut_short else "ended before all was finished")
+
+    # --- children
+
+    def _start(self, place: Place) -> None:
+        """Fork the next child of a place. What can't be started is tried again later."""
+        place.start_at = None
+        place.incarnation += 1
+        now = time.monotonic()
+        if place.role == "worker":
+            self._memory.clear_worker(place.slot)
+        self._memory.beat(place.index, 0)
+        try:
+            child = self._fork(place)
+        except OSError as error:
+            delay = max(0.1, place.after_death(0.0, False))
+            self._log("error", f"{place.name} can't be started: {error}; trying again in {delay:g} s")
+            place.start_at = now + delay
+            return
+        child.started_at = child.beat_at = now
+        place.child = child
+        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda mask: self._on_end(place, child))
+        self._selector.register(child.channel, selectors.EVENT_READ, lambda mask: self._on_channel(place, child, mask))
+        self._log("info", f"{place.name} started, pid {child.pid}, incarnation {place.incarnation}")
+        if place is self._control:
+            self._orphans.tell_again()
+            self._orphans_due = now
+            if self.stage is Stage.STOPPING:
+                self._send(child, {"op": "drain"})
+        self._changed()
+
+    def _fork(self, place: Place) -> Child:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                ours.close()
+                self._become(place, theirs)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            if os.getpid() == self._pid:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                theirs.close()
+        try:
+            return Child(pid, os.pidfd_open(pid), ours, 0.0)
+        except OSError:  # out of descriptors: a child that can't be watched must not live
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            ours.close()
+            raise
+
+    def _become(self, place: Place, channel: socket.socket) -> NoReturn:
+        """In the child: leave the supervisor behind, run the role, never return into the supervisor's stack."""
+        status = EXIT_CHILD_FAILED
+        try:
+            self._prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != self._pid:  # it died before the line above took effect
+                os._exit(EXIT_CHILD_FAILED)
+            self._set_name("wf-control" if place.role == "control" else f"wf-worker-{place.slot}")
+            _reset_signals(place.role)
+            context = self._context(place, channel)
+            self._drop_all_but(context)
+            if place.role == "worker":
+                _raise_open_files()  # not for control: machines would inherit it
+            module = "server" if place.role == "control" else "worker"
+            status = int(importlib.import_module(f"{self._roles}.{module}").run(context))
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError, ValueError):  # stdio closed or full: there is nobody left to tell
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(status)
+
+    def _context(self, place: Place, channel: socket.socket) -> ChildContext:
+        is_control = place.role == "control"
+        return ChildContext(
+            role=place.role,
+            slot=place.slot,
+            index=place.index,
+            incarnation=place.incarnation,
+            plan=self.plan,
+            shared_fd=self._shared_fd,
+            listeners=[] if is_control or not self._listeners else self._listeners[place.slot],
+            control_listener=self._control_listener if is_control else None,
+            channel=channel,
+            tls_context=self._tls_context,
+        )
+
+    def _drop_all_but(self, context: ChildContext) -> None:
+        """In the child: close what is the supervisor's and the others'. The lock must not outlive the supervisor."""
+        os.close(self._lock_fd)
+        self._selector.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+        for place in self._places:
+            if place.child is not None:
+                place.child.channel.close()
+                os.close(place.child.pidfd)
+                place.child = None
+        for held in self._listeners:
+            if held is not context.listeners:
+                for listener in held:
+                    listener.socket.close()
+        if context.control_listener is None and self._control_listener is not None:
+            self._control_listener.close()
+        gc.freeze()  # what was made before the fork is never garbage here: spare its pages
+
+    def _on_end(self, place: Place, child: Child) -> None:
+        result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG)
+        if result is None:
+            return
+        self._on_channel(place, child, selectors.EVENT_READ)  # its last words
+        for watched in (child.pidfd, child.channel):
+            with contextlib.suppress(KeyError):  # a closed channel is no longer registered
+                self._selector.unregister(watched)
+        os.close(child.pidfd)
+        child.channel.close()
+        place.child = None
+        now = time.monotonic()
+        lived = now - child.started_at
+        stopping = self.stage is not Stage.SERVING
+        self._cut_short |= stopping and child.killed
+        how = _describe(result.si_code, result.si_status)
+        done = self.stage is Stage.STOPPING and result.si_code == os.CLD_EXITED and result.si_status == 0
+        if not stopping or (place is self._control and not done):
+            self._replace(place, now, place.after_death(lived, child.ready), f"{how} after {lived:.1f} s")
+        else:
+            self._log("info", f"{place.name} (pid {child.pid}) {how}")
+            if place is self._control:
+                self.stage = Stage.ENDED
+        self._changed()
+
+    def _replace(self, place: Place, now: float, delay: float, how: str) -> None:
+        if self.stage is Stage.STOPPING:
+            self._stops_failed += 1
+            if self._stops_failed >= STOP_ATTEMPTS:
+                self._log("error", f"{place.name} {how}; giving up on stopping machines in order")
+                self._cut_short = True
+                self.stage = Stage.ENDED
+                return
+        again = f"starting again in {delay:g} s" if delay else "starting it again"
+        self._log("error", f"{place.name} {how}; {again}")
+        place.start_at = now + delay
+
+    def _kill(self, child: Child) -> None:
+        child.killed = True
+        self._signal(child, signal.SIGKILL)
+
+    def _signal(self, child: Child, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself; the pidfd tells
+            signal.pidfd_send_signal(child.pidfd, number)
+
+    # --- channels
+
+    def _send(self, child: Child, message: dict[str, Any]) -> None:
+        """Queue a message. The queue stays short: equal messages that still wait are one."""
+        datagram = json.dumps(message).encode()
+        if datagram not in child.outbox:
+            child.outbox.append(datagram)
+        self._flush(child)
+
+    def _flush(self, child: Child) -> None:
+        while child.outbox and self._try_send(child, child.outbox[0]):
+            child.outbox.popleft()
+
+    def _try_send(self, child: Child, datagram: bytes) -> bool:
+        """Hand one datagram to the kernel. False: not now; we are woken when there is room, or it never reads again."""
+        if child.gone_quiet:
+            return False
+        try:
+            child.channel.send(datagram)
+        except BlockingIOError:
+            self._want_room(child, True)
+            return False
+        except OSError:  # it has closed its end: dying, which the pidfd tells
+            return False
+        return True
+
+    def _want_room(self, child: Child, want: bool) -> None:
+        key = self._selector.get_key(child.channel)
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if want else 0)
+        if key.events != events:
+            self._selector.modify(child.channel, events, key.data)
+
+    def _on_channel(self, place: Place, child: Child, mask: int) -> None:
+        if place.child is not child:  # it ended earlier in this same turn
+            return
+        if mask & selectors.EVENT_WRITE:
+            self._want_room(child, False)
+            self._flush(child)
+            self._tell_orphans()
+        if mask & selectors.EVENT_READ and not child.gone_quiet:
+            for _ in range(256):  # then the others have a turn
+                try:
+                    datagram = child.channel.recv(_DATAGRAM_BYTES)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    datagram = b""
+                if not datagram:
+                    child.gone_quiet = True
+                    self._selector.unregister(child.channel)
+                    break
+                self._hear(place, child, datagram)
+
+    def _hear(self, place: Place, child: Child, datagram: bytes) -> None:
+        try:
+            message = json.loads(datagram)
+            op, pid = message.get("op"), message.get("pid")
+        except (ValueError, AttributeError):
+            self._log("error", f"{place.name} sent what is no message: {datagram[:100]!r}")
+            return
+        if op == "ready":
+            child.ready = True
+            self._changed()
+            self._announce_ready()
+        elif op == "reap" and place is self._control and isinstance(pid, int):
+            if not self._orphans.reap(pid):
+                self._log("warning", f"control asked to reap pid {pid}, which is no ended orphan")
+            self._tell_orphans()
+        # Other operations are of a newer peer, and ignored.
+
+    # --- orphans
+
+    def _scan_orphans(self, now: float) -> None:
+        if now < self._orphans_due:
+            return
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])  # before the scan: an end during it counts
+        self._orphans_due = now + ORPHAN_SCAN_S
+        reaped = self._orphans.reaped_unasked
+        self._orphans.scan({place.child.pid for place in self._places if place.child is not None})
+        if self._orphans.reaped_unasked > reaped:
+            self._log("warning", f"{self._orphans.reaped_unasked} stray processes in all were reaped without a record")
+        self._tell_orphans()
+
+    def _tell_orphans(self) -> None:
+        child = self._control.child
+        if child is None:
+            return
+        while not child.outbox and (end := self._orphans.next_to_tell()) is not None:
+            message = {"op": "exited", "pid": end.pid, "code": end.code, "signal": end.signal}
+            if not self._try_send(child, json.dumps(message).encode()):
+                return
+            self._orphans.told(end)
+
+    # --- what others can see
+
+    def _announce_ready(self) -> None:
+        if self._announced_ready or not all(place.child and place.child.ready for place in self._places):
+            return
+        self._announced_ready = True
+        self._write("ready", f"{self._pid}\n")
+        self._notify("READY=1")
+        self._log("info", f"ready: control and {len(self._workers)} workers serve")
+
+    def _changed(self) -> None:
+        """Write run_dir/children.json: who is who, for `wakefront status` and for tests."""
+        children = [
+            {
+                "role": place.role,
+                "slot": place.slot,
+                "pid": place.child.pid,
+                "incarnation": place.incarnation,
+                "ready": place.child.ready,
+            }
+            for place in self._places
+            if place.child is not None
+        ]
+        state = {"supervisor": self._pid, "stage": self.stage.value, "listen": self._bound(), "children": children}
+        self._write("children.json", json.dumps(state) + "\n")
+
+    def _bound(self) -> list[dict[str, Any]]:
+        """The addresses as bound (a plan may say port 0)."""
+        if not self._listeners:
+            return []
+        found = []
+        for listener in self._listeners[0]:
+            host, port = listener.socket.getsockname()[:2]
+            found.append(asdict(ListenAddress(listener.public_port, host, port)))
+        return found
+
+    def _write(self, name: str, text: str) -> None:
+        path = os.path.join(self.plan.run_dir, name)
+        try:
+            with open(path + ".new", "w") as file:
+                file.write(text)
+            os.replace(path + ".new", path)
+        except OSError as error:  # a full disk must not stop the supervisor
+            self._log("error", f"{path} can't be written: {error}")
+
+    def _notify(self, state: str) -> None:
+        """Tell systemd, if it asked (sd_notify(3))."""
+        if not self._notify_socket:
+            return
+        address = "\0" + self._notify_socket[1:] if self._notify_socket.startswith("@") else self._notify_socket
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+                sender.sendto(state.encode(), address)
+        except OSError as error:
+            self._log("warning", f"NOTIFY_SOCKET {self._notify_socket}: {error}")
+
+    def _log(self, level: str, text: str) -> None:
+        """One line to stderr, lost rather than waited for when its reader has stalled; losses are told later."""
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03}Z"
+        if self._lines_lost:
+            text += f" ({self._lines_lost} lines before this one were lost)"
+        line = f"{stamp} {level} supervisor: {text}\n".encode("utf-8", "replace")[:4000]
+        try:
+            if not select.select([], [2], [], 0)[1]:
+                raise BlockingIOError
+            os.write(2, line)
+            self._lines_lost = 0
+        except (OSError, ValueError):  # nobody can be told now
+            self._lines_lost += 1
+
+    # --- end and small things
+
+    def _close_listeners(self) -> None:
+        for held in self._listeners:
+            for listener in held:
+                listener.socket.close()
+        self._listeners = []
+
+    def _forget_run(self) -> None:
+        for name in ("ready", "children.json"):
+            _remove(os.path.join(self.plan.run_dir, name))
+        os.ftruncate(self._lock_fd, 0)  # an empty pid file says: ended cleanly
+
+    def _prctl(self, option: int, value: int) -> None:
+        if self._libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"prctl({option}): {os.strerror(code)}")
+
+    def _set_name(self, name: str) -> None:
+        self._libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
+
+
+def new_tls_context() -> ssl.SSLContext:
+    """The context every worker's handshakes start from. Its ticket keys are drawn here, before any fork, so a session
+    begun at one worker resumes at all of them and at their successors. Certificates are chosen per connection."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 1
+    return context
+
+
+def _noticed(number: int, frame: object) -> None:
+    """A handler in Python must exist for the wake-up descriptor to be written; the loop does the rest."""
+
+
+def _reset_signals(role: Role) -> None:
+    """In the child. SIGINT and SIGHUP of a terminal reach the whole group, but the supervisor alone answers them.
+
+    Handlers rather than SIG_IGN, which machines would inherit through exec.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    ignored: list[signal.Signals] = [signal.SIGINT, signal.SIGHUP]
+    if role == "control":
+        ignored.append(signal.SIGTERM)  # its order to drain comes over the channel, after the workers have ended
+    for number in ignored:
+        signal.signal(number, _noticed)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _raise_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, MOST_OPEN_FILES) if hard != resource.RLIM_INFINITY else MOST_OPEN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _describe(code: int, status: int) -> str:
+    if code == os.CLD_EXITED:
+        return f"exited with status {status}"
+    try:
+        return f"was killed by {signal.Signals(status).name}"
+    except ValueError:
+        return f"was killed by signal {status}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
