@@ -1,0 +1,33 @@
+"""`python -m bench [load|wake|memory|micro|profile] [options]`; without a name, all that make results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from bench.processes import BenchError
+
+MEASURED = ("micro", "load", "wake", "memory")
+
+
+def main(given: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    names = parser.add_subparsers(dest="name")
+    modules = {name: importlib.import_module(f"bench.{name}") for name in (*MEASURED, "profile")}
+    for name, module in modules.items():
+        module.add_arguments(names.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
+    worst = 0
+    for arguments in [given] if given and not given[0].startswith("-") else [[name, *given] for name in MEASURED]:
+        parsed = parser.parse_args(arguments)
+        parsed.given = arguments[1:]
+        try:
+            worst = max(worst, modules[parsed.name].run(parsed))
+        except BenchError as error:
+            print(f"bench {parsed.name}: {error}", file=sys.stderr)
+            worst = 2
+    return worst
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
