@@ -399,7 +399,7 @@ class Supervisor:
         place.start_at = None
         place.incarnation += 1
         now = time.monotonic()
-        if place.role == "worker":
+        if place.role == "worker" and place.incarnation > 1:  # its predecessor has been reaped: it counts no more
             self._memory.clear_worker(place.slot)
         self._memory.beat(place.index, 0)
         try:
