@@ -28,7 +28,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class MachineSpec:
-    """All that is needed to start a machine. Made by control from config.toml and fly.toml; nothing is left to look up."""
+    """All that is needed to start a machine. Made by control from config.toml and fly.toml: nothing to look up."""
 
     id: MachineId
     app: AppName
@@ -106,7 +106,7 @@ class Driver(Protocol):
         """Watch a machine started by an earlier control. `running` None: look for it by its id. None: not there."""
 
     async def stop(self, machine: MachineId, signal: int, timeout_s: float) -> None:
-        """Signal, resume it if frozen, and kill its whole group after `timeout_s`. Returns when the exit was reported."""
+        """Signal, resume if frozen, and kill its whole group after `timeout_s`. Returns when the exit was reported."""
 
     async def suspend(self, machine: MachineId) -> None:
         """Freeze every process of it. Returns when all stand still. Raises DriverError where it can't."""
@@ -128,7 +128,7 @@ class Driver(Protocol):
         start: adopt those that are wanted, `stop_stray` the others. Adopt before you hear the supervisor's exits."""
 
     async def stop_stray(self, machine: MachineId, running: Running, timeout_s: float) -> None:
-        """End a machine that no spec names any more (SIGTERM, then SIGKILL). Reports no exit; returns once it is gone."""
+        """End a machine that no spec names any more (SIGTERM, then SIGKILL); no exit is reported. Returns when gone."""
 
     def release(self, machine: MachineId) -> None:
         """The machine is no longer configured and does not run: free what `prepare` made for it."""
