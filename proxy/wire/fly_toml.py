@@ -205,6 +205,15 @@ class FlyToml:
             return self.experimental.exec
         return self.experimental.entrypoint + (self.processes.get(group) or self.experimental.cmd)
 
+    def memory_mb(self, group: str) -> int:
+        """Memory of the group's machines: its own [[vm]], else that of all groups, else Fly's smallest size."""
+        own = [one for one in self.vm if group in one.processes]
+        for one in own or [one for one in self.vm if not one.processes]:
+            if one.memory_bytes:
+                return max(one.memory_bytes // MB, 1)
+            return _preset_mb(one.size or "")
+        return 256
+
     def restart(self, group: str) -> Restart:
         for one in self.restarts:
             if group in one.processes:
@@ -886,6 +895,12 @@ def is_env_name(table: Table, name: str) -> bool:
         table.reader.error(table.at(name), "", "a value in the environment has no NUL character")
         return False
     return True
+
+
+def _preset_mb(size: str) -> int:
+    """Memory of a named size: 256 MB a shared CPU, 2 GB a performance CPU (spec: machine sizes)."""
+    found = re.fullmatch(r"(shared-cpu|performance)-([0-9]{1,2})x", size)
+    return int(found[2]) * (256 if found[1] == "shared-cpu" else 2048) if found else 256
 
 
 def _kill_signal(table: Table) -> KillSignal | None:

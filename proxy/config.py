@@ -1,0 +1,805 @@
+"""config.toml and the fly.toml files it names: read once into frozen objects, every fault listed with file and line.
+
+`load` never raises for what a file says. `LoadResult.config` is there only if nothing is an error; `draft` is what was
+understood anyway, for `wakefront check`. Relative paths count from config.toml's folder. Defaults stand in the
+dataclasses here and nowhere else; config.example.toml shows them. Whether this host permits namespaces and bind mounts
+is left to machines, and asked by `wakefront check`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+import idna
+import tomli
+
+from proxy.model import AppLimits, AppName, Endpoint, RegionCode, RestartPolicy, Service, WakeOn
+from proxy.process import ListenAddress, ServePlan
+from proxy.wire.fly_keys import KeyClass, KeyUse
+from proxy.wire.fly_toml import DEFAULT_GROUP, FlyToml, FlyTomlResult, Volume, is_env_name, read_fly_toml, split_command
+from proxy.wire.toml_table import (
+    MISSING,
+    Fault,
+    Reader,
+    Severity,
+    Table,
+    line_of,
+    locate_keys,
+    suggest,
+)  # fmt: skip
+
+_T = TypeVar("_T")
+
+DEFAULT_REGION: Final = RegionCode("local")
+DEFAULT_ADMIN: Final = "127.0.0.1:8081"
+DEFAULT_DATA_DIR: Final = "./wakefront-data"
+DEFAULT_LISTEN: Final = {80: ("127.0.0.1", 8080), 443: ("127.0.0.1", 8443)}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSection:
+    name: str
+    region: RegionCode = DEFAULT_REGION
+    domain: str = "apps.localhost"  # an app answers at <app>.<domain>
+    data_dir: str = DEFAULT_DATA_DIR  # absolute once loaded
+    workers: int = 0  # 0 = one a core
+    on_exit: str = "stop"  # stop | keep: what becomes of machines when the service ends
+    autostop_interval_s: float = 300.0  # between two looks for idle machines
+
+
+@dataclass(frozen=True, slots=True)
+class ListenSection:
+    public: tuple[ListenAddress, ...]
+    admin_host: str
+    admin_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class CertsSection:
+    issuer: str = "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class LogSection:
+    """Field names are those of ipc.Settings."""
+
+    access_log: str = "-"  # "-" standard output, "" none, else an absolute path
+    access_log_format: str = "json"  # json | text
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsSection:
+    """Field names and defaults are those of ipc.Settings."""
+
+    max_head_bytes: int = 65_536
+    max_headers: int = 100
+    max_target_bytes: int = 16_384
+    max_connections: int = 0  # per worker; 0 = from RLIMIT_NOFILE
+    handshake_timeout_s: float = 10.0
+    head_timeout_s: float = 30.0
+    idle_timeout_s: float = 75.0
+    drain_timeout_s: float = 30.0
+    wake_hints_per_source_s: float = 5.0
+    wake_hints_per_s: float = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class StaticMachine:
+    """A machine that exists already: an address for every internal port of the app."""
+
+    id: str
+    host: str
+    port: int
+
+    def endpoints(self, services: Sequence[Service]) -> tuple[Endpoint, ...]:
+        ports = dict.fromkeys(service.internal_port for service in services)
+        return tuple(Endpoint(port, self.host, self.port) for port in ports)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupConfig:
+    """A process group: what its machines run, and how many there are here."""
+
+    name: str
+    command: tuple[str, ...]  # argv; may hold {port} and {port:N}
+    count: int = 1
+    internal_ports: tuple[int, ...] = ()  # of the group's services, the first service's first
+    mounts: tuple[Volume, ...] = ()
+    restart: RestartPolicy = RestartPolicy.ON_FAILURE
+    restart_retries: int = 10
+    memory_mb: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AppConfig:
+    """An app as this node runs it: its fly.toml and what config.toml adds."""
+
+    name: AppName
+    hostnames: tuple[str, ...]  # A-labels, lower case; <app>.<domain> first
+    fly: FlyToml
+    groups: tuple[GroupConfig, ...]
+    driver: str = "process"  # process | static
+    fly_toml_path: str | None = None
+    cwd: str = "/"
+    user: str | None = None
+    network: str = "port"  # port | namespace
+    env: tuple[tuple[str, str], ...] = ()  # all but what the driver sets (FLY_..., PORT)
+    wake_on: WakeOn = WakeOn.HELLO
+    wake_timeout_s: float = 60.0
+    idle_timeout_s: float = 300.0  # 0 = by Fly's autostop formula only
+    limits: AppLimits = field(default_factory=AppLimits)
+    machines: tuple[StaticMachine, ...] = ()
+    keys: tuple[KeyUse, ...] = ()  # of its fly.toml
+
+    @property
+    def services(self) -> tuple[Service, ...]:
+        return self.fly.services
+
+    @property
+    def primary_region(self) -> RegionCode | None:
+        return RegionCode(self.fly.primary_region) if self.fly.primary_region else None
+
+    @property
+    def own_network(self) -> bool:
+        return self.network == "namespace"
+
+    @property
+    def kill_signal(self) -> int:
+        return self.fly.kill_signal.number
+
+    @property
+    def kill_timeout_s(self) -> float:
+        return self.fly.kill_timeout_s
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """All of config.toml, with its apps."""
+
+    path: str
+    node: NodeSection
+    listen: ListenSection
+    certs: CertsSection = CertsSection()
+    log: LogSection = LogSection()
+    limits: LimitsSection = LimitsSection()
+    apps: tuple[AppConfig, ...] = ()
+    keys: tuple[KeyUse, ...] = ()  # keys of config.toml that have no effect yet
+
+    @property
+    def public_ports(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(one.public_port for one in self.listen.public))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """What loading came to."""
+
+    config: NodeConfig | None  # None if anything is an error
+    faults: tuple[Fault, ...]
+    draft: NodeConfig | None  # what was understood, faults or not; None if config.toml is not TOML
+
+    @property
+    def errors(self) -> tuple[Fault, ...]:
+        return tuple(one for one in self.faults if one.severity is Severity.ERROR)
+
+    @property
+    def warnings(self) -> tuple[Fault, ...]:
+        return tuple(one for one in self.faults if one.severity is Severity.WARNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What of this host a configuration is judged by."""
+
+    name: str
+    euid: int
+    cores: int
+
+    @classmethod
+    def this(cls) -> Host:
+        return cls(os.uname().nodename, os.geteuid(), len(os.sched_getaffinity(0)))
+
+
+def load(path: str | os.PathLike[str], host: Host | None = None) -> LoadResult:
+    """Read config.toml and every fly.toml it names."""
+    source = Source.read(os.path.abspath(path))
+    if source.document is None:
+        return LoadResult(None, source.placed(), None)
+    reader = _ConfigReader(source, source.document, host or Host.this())
+    draft = reader.read()
+    faults = (*source.placed(), *reader.app_faults)
+    is_good = all(fault.severity is not Severity.ERROR for fault in faults)
+    return LoadResult(draft if is_good else None, faults, draft)
+
+
+def load_fly_toml(path: str | os.PathLike[str]) -> tuple[FlyTomlResult | None, tuple[Fault, ...]]:
+    """Read one fly.toml by itself; None if it is not TOML at all."""
+    source = Source.read(os.fspath(path))
+    if source.document is None:
+        return None, source.placed()
+    result = read_fly_toml(source.document)
+    source.reader.faults += result.faults
+    return result, source.placed()
+
+
+def plan(config: NodeConfig, config_path: str | os.PathLike[str], host: Host | None = None) -> ServePlan:
+    """What the supervisor needs to know of a configuration."""
+    return ServePlan(
+        config_path=os.path.abspath(config_path),
+        data_dir=config.node.data_dir,
+        workers=config.node.workers or (host or Host.this()).cores,
+        listen=config.listen.public,
+        drain_timeout_s=config.limits.drain_timeout_s,
+    )
+
+
+@dataclass(slots=True)
+class Source:
+    """A TOML file: its text for the lines of faults, its parsed document, and the faults found in it."""
+
+    path: str
+    text: str = ""
+    document: dict[str, object] | None = None
+    reader: Reader = field(default_factory=Reader)
+    unparsed: Fault | None = None
+
+    @classmethod
+    def read(cls, path: str) -> Source:
+        source = cls(path)
+        try:
+            with open(path, "rb") as file:
+                source.text = file.read().decode("utf-8")
+            source.document = tomli.loads(source.text)
+        except OSError as error:
+            source.unparsed = Fault((), "", f"cannot be read: {error.strerror}")
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            source.unparsed = Fault((), "", "is not UTF-8 text", line=line)
+        except tomli.TOMLDecodeError as error:
+            expectation = f"is not valid TOML: {error.msg} (column {error.colno})"
+            source.unparsed = Fault((), "", expectation, line=min(error.lineno, source.text.count("\n") + 1))
+        except (RecursionError, ValueError) as error:
+            source.unparsed = Fault((), "", f"is not valid TOML: {error}")
+        return source
+
+    def placed(self) -> tuple[Fault, ...]:
+        """The faults with file and line, in the order of the file."""
+        faults = [self.unparsed] if self.unparsed else self.reader.faults
+        if not faults:
+            return ()
+        lines = locate_keys(self.text) if self.document is not None else {}
+        rows = self.text.splitlines()
+        placed = []
+        for fault in faults:
+            line = fault.line or line_of(lines, fault.path)
+            # a line of an environment may hold a secret: it is not repeated
+            shown = rows[line - 1].strip() if line and line <= len(rows) and "env" not in fault.path else None
+            placed.append(dataclasses.replace(fault, file=self.path, line=line, source_line=shown))
+        return tuple(sorted(placed, key=lambda one: one.line or 0))
+
+
+class _ConfigReader:
+    """Reads config.toml section by section; faults of fly.toml files gather in `app_faults`."""
+
+    def __init__(self, source: Source, document: Mapping[str, object], host: Host) -> None:
+        self.path = source.path
+        self.folder = os.path.dirname(source.path)
+        self.host = host
+        self.reader = source.reader
+        self.top = Table(source.reader, document)
+        self.app_faults: list[Fault] = []
+        self.keys: list[KeyUse] = []
+
+    def read(self) -> NodeConfig:
+        only_known(self.top, _SECTIONS)
+        self._note_kept()
+        node, listen, limits = self._node(), self._listen(), self._limits()
+        tables = self.top.tables("apps")
+        apps = [app for table in tables if (app := _AppReader(self, table, node).read()) is not None]
+        self._check_duplicates(apps)
+        self._warn_of_unmapped_ports(listen, apps)
+        self._warn_of_owner(apps)
+        return NodeConfig(
+            self.path, node, listen, self._certs(), self._log(), limits, tuple(app for app, _ in apps), tuple(self.keys)
+        )
+
+    def resolve(self, text: str) -> str:
+        """A path of config.toml, absolute."""
+        return os.path.normpath(os.path.join(self.folder, os.path.expanduser(text)))
+
+    def _section(self, name: str, *known: str) -> Table:
+        table = self.top.table(name) or Table(self.reader, {}, (name,))
+        if known:
+            only_known(table, known)
+        return table
+
+    def _note_kept(self) -> None:
+        for section in ("regions", "peers", "cluster"):
+            if section in self.top:
+                self.keys.append(KeyUse((section,), KeyClass.KEPT, "one node only: regions and clusters come later"))
+        for _, table in self.top.entries("regions"):
+            only_known(table, ("latitude", "longitude"))
+            table.number("latitude", -90, 90)
+            table.number("longitude", -180, 180)
+        for table in self.top.tables("peers"):
+            only_known(table, ("name", "region", "backhaul"))
+        self._section("cluster", "urls", "embedded", "listen", "routes")
+
+    # --- sections
+
+    def _node(self) -> NodeSection:
+        table = self._section("node", *_fields(NodeSection))
+        name = _matching(table, "name", r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "letters, digits, dots and dashes")
+        domain = table.text("domain")
+        data_dir = table.text("data_dir")
+        node = _build(
+            NodeSection,
+            name=name or self.host.name,
+            region=_matching(table, "region", r"[a-z0-9][a-z0-9-]{0,31}", "lower case letters, digits and dashes"),
+            domain=None if domain is None else to_hostname(table, "domain", domain),
+            workers=table.integer("workers", 0, 256),
+            on_exit=table.text("on_exit", choices=("stop", "keep")),
+            autostop_interval_s=_positive_s(table, "autostop_interval"),
+        )
+        return dataclasses.replace(node, data_dir=self.resolve(data_dir or node.data_dir))
+
+    def _listen(self) -> ListenSection:
+        table = self._section("listen")
+        public: list[ListenAddress] = []
+        for key in table.values:
+            if key in ("backhaul", "dns"):
+                self.keys.append(KeyUse(("listen", key), KeyClass.KEPT, "not in this version yet"))
+            elif key != "admin":
+                public += self._public_port(table, key)
+        if not public and not any(key.isdecimal() for key in table.values):
+            public = [ListenAddress(port, *bind) for port, bind in DEFAULT_LISTEN.items()]
+        admin = self._admin(table)
+        taken: dict[tuple[str, int], int | str] = {(admin[0], admin[1]): "admin"} if admin[1] else {}
+        for one in public:
+            if one.port and (one.host, one.port) in taken:
+                table.error(
+                    str(one.public_port), f"{one.host}:{one.port} is bound for {taken[one.host, one.port]} already"
+                )
+            taken.setdefault((one.host, one.port), one.public_port)
+        return ListenSection(tuple(public), *admin)
+
+    def _public_port(self, table: Table, key: str) -> list[ListenAddress]:
+        if not re.fullmatch(r"[0-9]{1,5}", key) or not 1 <= int(key) <= 65535:
+            expected = 'expected a public port in 1-65535 such as "443", or admin'
+            table.error(key, expected, suggest(key, ("admin", "backhaul", "dns")))
+            return []
+        addresses = []
+        for text in table.texts(key):
+            address = parse_address(text, low_port=0)
+            if address is None:
+                self.reader.error(table.at(key), text, 'expected bind addresses "IP:PORT" such as "127.0.0.1:8443"')
+            else:
+                addresses.append(ListenAddress(int(key), *address))
+        return addresses
+
+    def _admin(self, table: Table) -> tuple[str, int]:
+        address = parse_address(text, low_port=0) if (text := table.text("admin")) is not None else None
+        if address is None and text is not None:
+            table.error("admin", 'expected an address "IP:PORT" such as "127.0.0.1:8081"')
+        host, port = address or _address(DEFAULT_ADMIN)
+        if not ipaddress.ip_address(host).is_loopback:
+            table.warn(
+                "admin", "the admin API speaks plain HTTP: on an address that others reach its token can be read"
+            )
+        return host, port
+
+    def _certs(self) -> CertsSection:
+        table = self._section("certs", "issuer", "acme_directory", "acme_email", "acme_ca_file")
+        for key in table.values:
+            if key.startswith("acme_"):
+                self.keys.append(KeyUse(("certs", key), KeyClass.KEPT, "ACME is not in this version yet"))
+        issuer = table.text("issuer")
+        if issuer == "acme":
+            table.error("issuer", 'expected "internal": certificates from ACME are not in this version yet')
+        elif issuer is not None and issuer != "internal":
+            table.error("issuer", 'expected "internal"', suggest(issuer, ("internal", "acme")))
+        return CertsSection()
+
+    def _log(self) -> LogSection:
+        table = self._section("log", "access", "format")
+        access = table.text("access")
+        if access and access != "-":
+            access = self.resolve(access)
+            if not os.path.isdir(os.path.dirname(access)):
+                table.error("access", f"expected a file in a folder that exists: there is no {os.path.dirname(access)}")
+        return _build(LogSection, access_log=access, access_log_format=table.text("format", choices=("json", "text")))
+
+    def _limits(self) -> LimitsSection:
+        table = self._section("limits", *_fields(LimitsSection))
+        limits = _build(
+            LimitsSection,
+            max_head_bytes=table.integer("max_head_bytes", 1024, 16 * 1024**2),
+            max_headers=table.integer("max_headers", 1, 10_000),
+            max_target_bytes=table.integer("max_target_bytes", 128, 16 * 1024**2),
+            max_connections=table.integer("max_connections", 0, 10_000_000),
+            handshake_timeout_s=_positive_s(table, "handshake_timeout"),
+            head_timeout_s=_positive_s(table, "head_timeout"),
+            idle_timeout_s=_positive_s(table, "idle_timeout"),
+            drain_timeout_s=table.duration_s("drain_timeout", bare_unit_s=1.0),
+            wake_hints_per_source_s=table.number("wake_hints_per_source", 0, 1e6),
+            wake_hints_per_s=table.number("wake_hints", 0, 1e6),
+        )
+        if limits.max_target_bytes > limits.max_head_bytes:
+            table.error("max_target_bytes", f"is above max_head_bytes, {limits.max_head_bytes}")
+        return limits
+
+    # --- what only all apps together show
+
+    def _check_duplicates(self, apps: Sequence[_ReadApp]) -> None:
+        names: dict[str, str] = {}
+        hostnames: dict[str, str] = {}
+        machines: dict[str, str] = {}
+        for app, table in apps:
+            if app.name in names:
+                table.error("name", f"{app.name!r} is the name of another app too ({names[app.name]})")
+            names.setdefault(app.name, f"[[apps]] number {len(names) + 1}")
+            for hostname in app.hostnames:
+                owner = hostnames.setdefault(hostname, app.name)
+                if owner != app.name:
+                    table.error("hostnames", f"{hostname} belongs to the app {owner!r} already")
+            for machine in app.machines:
+                if machines.setdefault(machine.id, app.name) != app.name:
+                    table.error("machines", f"{machine.id!r} is a machine of the app {machines[machine.id]!r} already")
+
+    def _warn_of_unmapped_ports(self, listen: ListenSection, apps: Sequence[_ReadApp]) -> None:
+        mapped = {one.public_port for one in listen.public}
+        asking: dict[int, list[str]] = {}
+        for app, _ in apps:
+            for port in (port for service in app.services for port in service.ports if "http" in port.handlers):
+                if not any(port.start <= one <= port.end for one in mapped):
+                    asking.setdefault(port.start, []).append(app.name)
+        for number, names in asking.items():
+            owners = ", ".join(dict.fromkeys(names))
+            bind = number if number > 1023 else number + 8000
+            expected = f'public port {number} of {owners} is not served here: add "{number}" = ["127.0.0.1:{bind}"]'
+            self.reader.warn(("listen", str(number)), MISSING, expected)
+
+    def _warn_of_owner(self, apps: Sequence[_ReadApp]) -> None:
+        processes = [(app, table) for app, table in apps if app.driver == "process" and app.groups]
+        if self.host.euid == 0:
+            for app, table in processes:
+                if app.user is None or app.user.partition(":")[0] in ("root", "0"):
+                    table.warn("user", f"machines of {app.name} run as root: name a user that owns nothing else")
+        elif processes:
+            expected = "machines run as the user who owns this folder and can read the private keys in it"
+            self.reader.warn(("node", "data_dir"), MISSING, expected)
+
+
+class _AppReader:
+    """Reads one [[apps]] and its fly.toml."""
+
+    def __init__(self, config: _ConfigReader, table: Table, node: NodeSection) -> None:
+        self.config = config
+        self.table = table
+        self.node = node
+
+    def read(self) -> _ReadApp | None:
+        """The app, or None where nothing of it could be understood; the faults say why."""
+        table = self.table
+        only_known(table, _APP_KEYS)
+        driver = self._driver()
+        machines = self._machines(driver)
+        path, result = self._fly_toml(driver, machines)
+        if result is None:
+            return None
+        fly, name = result.app, self._name(result.app, path)
+        if name is None:
+            return None
+        cwd = self._cwd(path, driver)
+        groups = self._groups(fly, driver, cwd, len(machines))
+        app = _build(
+            AppConfig,
+            name=name,
+            hostnames=self._hostnames(name),
+            fly=fly,
+            groups=groups,
+            driver=driver,
+            fly_toml_path=path,
+            cwd=cwd,
+            user=self._user(),
+            network=table.text("network", choices=("port", "namespace")),
+            env=self._env(fly),
+            wake_on=WakeOn(text) if (text := table.text("wake_on", choices=("hello", "request"))) else None,
+            wake_timeout_s=_positive_s(table, "wake_timeout"),
+            idle_timeout_s=table.duration_s("idle_timeout", bare_unit_s=1.0),
+            limits=self._limits(),
+            machines=machines,
+            keys=result.keys,
+        )
+        self._check_counts(app)
+        return app, table
+
+    # --- which app it is
+
+    def _driver(self) -> str:
+        name = self.table.text("driver") or "process"
+        if name in ("exec", "docker", "fly"):
+            self.table.error(
+                "driver", f'the driver {name!r} is not in this version yet: expected "process" or "static"'
+            )
+        elif name not in ("process", "static"):
+            self.table.error("driver", 'expected "process" or "static"', suggest(name, ("process", "static")))
+        return "static" if name == "static" else "process"
+
+    def _fly_toml(self, driver: str, machines: Sequence[StaticMachine]) -> tuple[str | None, FlyTomlResult | None]:
+        name = self.table.text("fly_toml")
+        if name is None:
+            if driver == "static" and machines:
+                port = machines[0].port
+                return None, read_fly_toml({"http_service": {"internal_port": port}})
+            if "fly_toml" not in self.table:
+                self.table.error("fly_toml", "expected the path of the app's fly.toml")
+            return None, None
+        path = self.config.resolve(name)
+        result, faults = load_fly_toml(path)
+        if result is None and not os.path.isfile(path):
+            self.table.error("fly_toml", f"expected a file: there is no {path}")
+            return path, None
+        self.config.app_faults += [one for one in faults if one not in self.config.app_faults]
+        return path, result
+
+    def _name(self, fly: FlyToml, path: str | None) -> AppName | None:
+        name = self.table.text("name") or fly.app
+        where = "name" if path is None or "name" in self.table else "fly_toml"
+        if name is None:
+            self.table.error("name", "expected the app's name, since its fly.toml has no `app`")
+        elif re.search(r"[{}<>\[\]$%]", name):
+            expected = f"the app's name is the placeholder {name!r}: fill it in there, or give `name` here"
+            self.table.error(where, expected)
+        elif not _APP_NAME.fullmatch(name):
+            expected = f"the app's name is {name!r}: expected lower case letters, digits and dashes, 63 at most"
+            self.table.error(where, expected)
+        else:
+            return AppName(name)
+        return None
+
+    def _hostnames(self, name: AppName) -> tuple[str, ...]:
+        own = f"{name}.{self.node.domain}"
+        given = (to_hostname(self.table, "hostnames", one) for one in self.table.texts("hostnames"))
+        return tuple(dict.fromkeys((own, *(one for one in given if one is not None))))
+
+    # --- what its machines are
+
+    def _machines(self, driver: str) -> tuple[StaticMachine, ...]:
+        tables = self.table.tables("machines")
+        if driver != "static":
+            if tables:
+                self.table.error("machines", 'only with driver = "static": other drivers make their machines')
+            return ()
+        if not tables:
+            self.table.error("machines", "expected [[apps.machines]] with id and address")
+        machines: list[StaticMachine] = []
+        for table in tables:
+            only_known(table, ("id", "address", "start", "stop", "status"))
+            id = _matching(table, "id", r"[a-z0-9][a-z0-9-]{0,62}", "lower case letters, digits and dashes")
+            text = table.text("address")
+            address = parse_address(text, low_port=1) if text is not None else None
+            if "id" not in table:
+                table.error("id", "expected the machine's id")
+            if address is None and (text is not None or "address" not in table):
+                table.error("address", 'expected "IP:PORT" such as "10.0.0.5:8080"')
+            if any(one.id == id for one in machines):
+                table.error("id", "is the id of another machine of this app too")
+            if id is not None and address is not None:
+                machines.append(StaticMachine(id, *address))
+        for key in ("command", "cwd", "user", "count", "network", "env"):
+            if key in self.table:
+                self.table.warn(key, "has no effect on machines that exist already")
+        return tuple(machines)
+
+    def _cwd(self, path: str | None, driver: str) -> str:
+        text = self.table.text("cwd")
+        cwd = self.config.resolve(text) if text else os.path.dirname(path) if path else self.config.folder
+        if driver == "process" and not os.path.isdir(cwd):
+            self.table.error("cwd", f"expected a folder: there is no {cwd}")
+        return cwd
+
+    def _groups(self, fly: FlyToml, driver: str, cwd: str, machines: int) -> tuple[GroupConfig, ...]:
+        commands, counts = self._commands(fly), self._counts(fly)
+        groups = []
+        for name in fly.groups:
+            count = counts.get(name, 1) if driver == "process" else machines if name == fly.default_group else 0
+            command = commands.get(name) or fly.argv(name)
+            if driver == "process":
+                self._check_command(name, command, count, cwd)
+            restart = fly.restart(name)
+            ports = dict.fromkeys(one.internal_port for one in fly.services if name in one.processes)
+            groups.append(
+                GroupConfig(
+                    name=name,
+                    command=command,
+                    count=count,
+                    internal_ports=tuple(ports),
+                    mounts=tuple(one for one in fly.mounts if name in one.processes),
+                    restart=restart.policy,
+                    restart_retries=restart.retries,
+                    memory_mb=fly.memory_mb(name),
+                )
+            )
+        return tuple(groups)
+
+    def _commands(self, fly: FlyToml) -> dict[str, tuple[str, ...]]:
+        """Commands of config.toml by group; one command alone is that of the default group."""
+        value = self.table.raw("command")
+        if isinstance(value, Mapping):
+            below = Table(self.table.reader, value, self.table.at("command"))
+            for group in below.values:
+                if group not in fly.groups:
+                    expected = f"no process group is called {group!r} (there is {', '.join(fly.groups)})"
+                    below.error(group, expected, suggest(group, fly.groups))
+            return {group: _command(below, group) for group in below.values}
+        return {fly.default_group: _command(self.table, "command")}
+
+    def _check_command(self, group: str, command: tuple[str, ...], count: int, cwd: str) -> None:
+        if not command and count and "command" not in self.table:
+            of = "" if group == DEFAULT_GROUP else f" of process group {group!r}"
+            expected = (
+                f"expected the command that starts a machine{of}: its fly.toml has none ([processes] or an image's)"
+            )
+            self.table.error("command", expected)
+        elif not command and count:
+            self.table.error("command", "expected a command, not nothing")
+        elif command and count and "{" not in command[0]:
+            program = os.path.join(cwd, command[0]) if "/" in command[0] else shutil.which(command[0])
+            if program is None or not os.access(program, os.X_OK) or os.path.isdir(program):
+                self.table.warn("command", f"there is no program {command[0]!r} here now")
+
+    def _counts(self, fly: FlyToml) -> dict[str, int]:
+        value = self.table.raw("count")
+        if not isinstance(value, Mapping):
+            count = self.table.integer("count", 0, 10_000)
+            return {} if count is None else dict.fromkeys(fly.groups, count)
+        counts = {}
+        below = Table(self.table.reader, value, self.table.at("count"))
+        for group in below.values:
+            count = below.integer(group, 0, 10_000)
+            if group not in fly.groups:
+                expected = f"no process group is called {group!r} (there is {', '.join(fly.groups)})"
+                below.error(group, expected, suggest(group, fly.groups))
+            elif count is not None:
+                counts[group] = count
+        return counts
+
+    def _check_counts(self, app: AppConfig) -> None:
+        """Warn where machines of a group would all bind the port that their program has fixed."""
+        if app.driver != "process" or app.own_network:
+            return
+        for group in app.groups:
+            takes_port = any("{port" in word or "$PORT" in word or "${PORT" in word for word in group.command)
+            if group.internal_ports and group.count > 1 and not takes_port:
+                self.table.warn(
+                    "count",
+                    f"{group.count} machines of {group.name!r} share this host's ports: each must listen on its own, "
+                    'from PORT in its environment or {port} in the command; else use network = "namespace"',
+                )
+
+    def _user(self) -> str | None:
+        user = _matching(
+            self.table, "user", r"[A-Za-z0-9_][A-Za-z0-9_.-]*(:[0-9]+)?", "a user's name, or UID or UID:GID"
+        )
+        if user and self.config.host.euid != 0:
+            self.table.warn("user", "only root can start machines as another user")
+        return user
+
+    def _env(self, fly: FlyToml) -> tuple[tuple[str, str], ...]:
+        """[env], over it what config.toml adds (secrets win over env), and PRIMARY_REGION (which beats both)."""
+        env = dict(fly.env)
+        if (table := self.table.table("env")) is not None:
+            env |= {name: value for name, value in table.scalars() if is_env_name(table, name)}
+        if fly.primary_region:
+            env["PRIMARY_REGION"] = fly.primary_region
+        return tuple(env.items())
+
+    def _limits(self) -> AppLimits:
+        table = self.table
+        limits = _build(
+            AppLimits,
+            connect_timeout_s=_positive_s(table, "connect_timeout"),
+            idle_timeout_s=_positive_s(table, "stream_idle_timeout"),
+            max_waiters=table.integer("max_waiters", 1, 10_000_000),
+        )
+        first_byte_s = table.duration_s("first_byte_timeout", bare_unit_s=1.0)
+        return (
+            limits if first_byte_s is None else dataclasses.replace(limits, first_byte_timeout_s=first_byte_s or None)
+        )
+
+
+_ReadApp = tuple[AppConfig, Table]
+
+_SECTIONS: Final = ("node", "listen", "certs", "regions", "peers", "cluster", "log", "limits", "apps")
+_APP_KEYS: Final = (
+    "name", "fly_toml", "driver", "command", "cwd", "user", "count", "network", "wake_on", "wake_timeout",
+    "idle_timeout", "hostnames", "env", "connect_timeout", "first_byte_timeout", "stream_idle_timeout", "max_waiters",
+    "machines",
+)  # fmt: skip
+_APP_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def only_known(table: Table, known: Iterable[str]) -> None:
+    """Refuse keys of config.toml that there are not: a key misspelt is a setting not made."""
+    names = tuple(known)
+    for key in table.values:
+        if key not in names:
+            table.error(key, "not a key of config.toml", suggest(key, names))
+
+
+def parse_address(text: str, *, low_port: int) -> tuple[str, int] | None:
+    """`127.0.0.1:80`, `[::1]:80` or `localhost:80` as host and port, or None."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or not low_port <= int(port) <= 65535:
+        return None
+    host = "127.0.0.1" if host == "localhost" else host
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        address = ipaddress.ip_address(host[1:-1] if is_bracketed else host)
+    except ValueError:
+        return None
+    return (str(address), int(port)) if is_bracketed == (address.version == 6) else None
+
+
+def to_hostname(table: Table, key: str, text: str) -> str | None:
+    """A host name in lower case A-labels (IDNA 2008, UTS 46); a fault and None if it is not one."""
+    name = text.strip().rstrip(".").lower()
+    if name.startswith("*."):
+        table.reader.error(table.at(key), text, "wildcard names are not in this version yet")
+        return None
+    try:
+        if re.fullmatch(r"[0-9.]+|.*:.*", name):
+            raise ValueError("an address is not a name")
+        return idna.encode(name, uts46=True).decode("ascii").lower()
+    except (idna.IDNAError, ValueError) as error:
+        table.reader.error(table.at(key), text, f"expected a host name ({str(error)[:80].rstrip('.')})")
+        return None
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host, int(port)
+
+
+def _fields(kind: type[object]) -> tuple[str, ...]:
+    """The keys of a section: the fields' names, times and rates without their unit."""
+    return tuple(_KEY_OF.get(name, name.removesuffix("_s")) for name in kind.__dataclass_fields__)  # type: ignore[attr-defined]  # given dataclasses only
+
+
+_KEY_OF: Final = {"wake_hints_per_source_s": "wake_hints_per_source", "wake_hints_per_s": "wake_hints"}
+
+
+def _build(kind: type[_T], **values: object) -> _T:
+    """An object whose absent values (None) are the dataclass's defaults."""
+    return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+def _command(table: Table, key: str) -> tuple[str, ...]:
+    if isinstance(table.raw(key), list):
+        return table.texts(key)
+    text = table.text(key)
+    return () if text is None else split_command(table, key, text)
+
+
+def _matching(table: Table, key: str, pattern: str, expected: str) -> str | None:
+    text = table.text(key)
+    if text is not None and not re.fullmatch(pattern, text):
+        table.error(key, f"expected {expected}")
+        return None
+    return text
+
+
+def _positive_s(table: Table, key: str) -> float | None:
+    seconds = table.duration_s(key, bare_unit_s=1.0)
+    if seconds == 0:
+        table.error(key, "expected a duration above 0")
+        return None
+    return seconds
