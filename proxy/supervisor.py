@@ -31,7 +31,6 @@ import select
 import selectors
 import signal
 import socket
-import ssl
 import sys
 import time
 import traceback
@@ -43,6 +42,7 @@ from proxy.binding import BindError, bind_all
 from proxy.orphans import Orphans
 from proxy.process import ChildContext, ListenAddress, ListenSocket, ServePlan, unix_address
 from proxy.state import SharedMemory
+from proxy.tickets import new_base_context
 
 STALE_S = 3.0  # a beat this old means frozen or blocked
 FIRST_BEAT_S = 20.0  # a child may take this long to start
@@ -170,7 +170,7 @@ class Supervisor:
         self._listeners = self._bind(UNCLEAN_PATIENCE_S if unclean else 0.0)
         self._control_listener: socket.socket | None = self._listen_for_workers()
         self._shared_fd, self._memory = SharedMemory.create(plan.workers)
-        self._tls_context = new_tls_context()
+        self._tls_context = new_base_context()  # before any fork: sessions resume at every worker
         self._places = [Place("control", 0, 0), *(Place("worker", slot, 1 + slot) for slot in range(plan.workers))]
         self._control = self._places[0]
         self._workers = self._places[1:]
@@ -734,15 +734,6 @@ class Supervisor:
 
     def _set_name(self, name: str) -> None:
         self._libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
-
-
-def new_tls_context() -> ssl.SSLContext:
-    """The context every worker's handshakes start from. Its ticket keys are drawn here, before any fork, so a session
-    begun at one worker resumes at all of them and at their successors. Certificates are chosen per connection."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.num_tickets = 1
-    return context
 
 
 def _noticed(number: int, frame: object) -> None:

@@ -58,6 +58,7 @@ def _serve(role: Role, listener: socket.socket, leaf: ssl.SSLContext | None) -> 
         return
     with client:
         client.settimeout(5)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if leaf is not None:
             base = role.context.tls_context
             assert base is not None
