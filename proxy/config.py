@@ -275,12 +275,12 @@ class Source:
         if not faults:
             return ()
         lines = locate_keys(self.text) if self.document is not None else {}
-        rows = self.text.splitlines()
+        rows = self.text.split("\n")
         placed = []
         for fault in faults:
             line = fault.line or line_of(lines, fault.path)
             # a line of an environment may hold a secret: it is not repeated
-            shown = rows[line - 1].strip() if line and line <= len(rows) and "env" not in fault.path else None
+            shown = _printable(rows[line - 1]) if line and line <= len(rows) and "env" not in fault.path else None
             placed.append(dataclasses.replace(fault, file=self.path, line=line, source_line=shown))
         return tuple(sorted(placed, key=lambda one: one.line or 0))
 
@@ -762,6 +762,11 @@ def to_hostname(table: Table, key: str, text: str) -> str | None:
     except (idna.IDNAError, ValueError) as error:
         table.reader.error(table.at(key), text, f"expected a host name ({str(error)[:80].rstrip('.')})")
         return None
+
+
+def _printable(row: str) -> str:
+    """A line of a file fit for a terminal."""
+    return "".join(one if one.isprintable() else " " for one in row).strip()[:200]
 
 
 def _address(text: str) -> tuple[str, int]:
