@@ -116,6 +116,7 @@ def write_demo(folder: Path, ports: Ports) -> Path:
         raise CliError(f"The demo's programs are not installed (no {source}): run it from a source checkout.")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source / "apps", folder / "apps", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(source / "ws.py", folder)
     text = (source / "config.toml").read_text()
     changes = {
         '"127.0.0.1:8080"': f'"{_LOCALHOST}:{ports.http}"',
@@ -390,7 +391,8 @@ def crowd(node: DemoNode, step: Step) -> None:
 def websocket_echo(node: DemoNode, step: Step) -> None:
     state = node.machine("echo").state
     must(state in ("created", "stopped"), f"the echo machine was {state} before")
-    step.try_it = f"websocat over wss://{node.host('echo')}:{node.ports.https}/ with {node.folder}/ca.pem"
+    folder = node.folder
+    step.try_it = f"python3 {folder}/ws.py --cacert {folder}/ca.pem wss://{node.host('echo')}:{node.ports.https}/"
     key = base64.b64encode(os.urandom(16))
     with node.open("echo") as wire:
         wire.send(

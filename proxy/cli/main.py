@@ -76,7 +76,7 @@ def _print_version(wanted: bool) -> None:
     try:
         typer.echo(f"wakefront {version('wakefront')}")
     except PackageNotFoundError:
-        raise CliError("The version is known only where wakefront is installed: run `./run setup`.") from None
+        raise CliError("The version is known only where wakefront is installed: `pip install --editable .`") from None
     raise typer.Exit
 
 
