@@ -18,7 +18,8 @@ from proxy.binding import BindError, bind_all
 from proxy.orphans import STRAYS_KEPT
 from proxy.process import ListenAddress
 from proxy.supervisor import Place, exec_supervisor
-from tests.support.supervised import Supervised, ask, descendants, state_of, wait_for
+from tests.support.processes import cpu_s, descendants, state_of, wait_for
+from tests.support.supervised import Supervised, ask
 
 pytestmark = pytest.mark.slow
 SLACK_S = 1.0  # on top of what is promised, for a busy test machine
@@ -120,6 +121,17 @@ def test_children_are_not_blamed_when_everything_stood_still(node: Supervised) -
     assert node.ask_worker()["incarnation"] == 1
     time.sleep(0.6)
     assert node.status()["children"] == before
+
+
+def test_run_files_that_cannot_be_written_keep_nobody_from_being_replaced(node: Supervised) -> None:
+    """As on a full disk."""
+    (node.data_dir / "run" / "children.json.new").mkdir()
+    old = node.pid_of("worker", 0)
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: node.events("started", role="worker", slot=0, incarnation=2), 1.0 + SLACK_S, "replaced")
+    assert "children.json can't be written" in node.log()
+    node.signal(signal.SIGTERM)
+    assert node.wait_ended() == 0
 
 
 # --- what is shared and what is not
@@ -235,9 +247,7 @@ def test_a_flood_of_strays_is_bounded_while_no_control_lives_and_gone_afterwards
     wait_for(lambda: zombies() == 0, 20, "all are recorded and reaped")
     (told,) = [one for one in node.messages("control", "exited") if one["message"]["pid"] == machine]
     assert told["message"]["code"] == 9
-    ticks = Path(f"/proc/{node.pid}/stat").read_text().rpartition(")")[2].split()
-    cpu_s = (int(ticks[11]) + int(ticks[12])) / os.sysconf("SC_CLK_TCK")
-    assert cpu_s < 10
+    assert cpu_s(node.pid) < 10
 
 
 # --- the supervisor's own end
@@ -406,7 +416,7 @@ def test_readiness_is_told_to_the_service_manager_once_everyone_is_ready(tmp_pat
 def test_it_is_not_ready_while_control_cannot_start_and_becomes_so_when_it_can(tmp_path: Path) -> None:
     with Supervised(tmp_path) as node:
         node.tell("control-crashes")
-        wait_for(lambda: "starting again in 0.2 s" in _log(node), 10, "control is tried again")
+        wait_for(lambda: "starting again in 0.2 s" in node.log(), 10, "control is tried again")
         assert not (tmp_path / "run" / "ready").exists()
         assert node.ask_worker()["incarnation"] == 1, "workers serve without control"
         node.tell("control-crashes", False)
@@ -465,13 +475,6 @@ def test_exec_supervisor_hands_the_plan_over(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SystemExit):
         exec_supervisor(plan)
     assert plan.from_json(seen[0]) == plan
-
-
-def _log(node: Supervised) -> str:
-    try:
-        return node.log()
-    except FileNotFoundError:
-        return ""
 
 
 def _free_port() -> int:

@@ -52,7 +52,7 @@ class Role:
 
     def hear(self) -> list[dict[str, Any]]:
         """All messages of the supervisor that wait now."""
-        messages = []
+        messages: list[dict[str, Any]] = []
         while True:
             try:
                 datagram = self.channel.recv(65_536)
