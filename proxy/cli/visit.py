@@ -1,8 +1,8 @@
 """One request to an app as a client outside makes it, with the time of every phase.
 
 Used by `bench coldstart` and by the demo: both want to know when the ClientHello left and when the first byte came,
-which http.client does not tell. TLS runs over memory BIOs so that each step is seen. Times are seconds of
-CLOCK_MONOTONIC, the scale on which the node times its own phases.
+which http.client does not tell. TLS runs over memory BIOs so that each step is seen. Times are monotonic seconds; the
+beginning is known in Unix time too, by which the node's record of a wake is set beside them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Times:
     """When each phase ended, in monotonic seconds. TLS phases are None without TLS."""
 
     began: float = 0.0
+    began_unix: float = 0.0
     connected: float | None = None
     hello_sent: float | None = None
     handshake_done: float | None = None
@@ -44,7 +45,7 @@ class Wire(io.RawIOBase):
     def __init__(
         self, address: tuple[str, int], server_name: str, tls: ssl.SSLContext | None, timeout_s: float
     ) -> None:
-        self.times = Times(began=time.monotonic())
+        self.times = Times(time.monotonic(), time.time())
         self._socket = socket.create_connection(address, timeout=timeout_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.times.connected = time.monotonic()

@@ -27,10 +27,10 @@ class Listener:
     def __call__(self, connection: socket.socket) -> None:
         (machine,) = self.admin.apps["hello"]
         self.states_met.append(machine["state"])
-        asked = time.monotonic()
+        asked = time.time()
         read_head(connection)
         machine["state"] = "started"
-        self.admin.wakes[ID] = {"asked": asked, "started": asked + 0.001, "listening": asked + 0.002}
+        self.admin.wakes[ID] = {"asked_at": asked, "asked": 0.0, "forked": 1.0, "listening": 2.0, "answered": None}
         connection.sendall(self.answer)
 
 
@@ -59,7 +59,7 @@ def test_each_run_meets_a_sleeping_machine_and_every_phase_is_in_the_table(
     assert [one["id"] for one in result["runs"]] == [1, 2, 3, 4]
     names = {one["name"] for one in result["phases"]}
     assert names == {
-        "connected", "hello_sent", "handshake_done", "request_sent", "asked", "started", "listening", "first_byte"
+        "connected", "hello_sent", "handshake_done", "request_sent", "asked", "forked", "listening", "first_byte"
     }  # fmt: skip
     for phase in result["phases"]:
         assert phase["runs"] == 4
@@ -78,7 +78,7 @@ def test_plain_http_has_no_tls_phases(listener: Listener, run: Run) -> None:
 
 
 def test_a_wake_that_was_an_earlier_one_is_not_counted(listener: Listener, run: Run, node: ScriptedAdmin) -> None:
-    old = {"asked": 1.0, "started": 2.0, "listening": 3.0}
+    old = {"asked_at": time.time() - 5, "asked": 0.0, "forked": 2.0, "listening": 3.0}
     listener.admin.wakes = _Frozen(old)
     result = run("bench", "coldstart", "-a", "hello", "-n", "1", "--json").json
     assert "asked" not in {one["name"] for one in result["phases"]}
