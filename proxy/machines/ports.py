@@ -20,7 +20,7 @@ _RANGE_FILE = "/proc/sys/net/ipv4/ip_local_port_range"
 def choose_port(taken: set[int], rng: random.Random, range_file: str = _RANGE_FILE) -> int:
     """A free port that is not in `taken`. Raises DriverError when there is none."""
     low, high = ephemeral_range(range_file)
-    candidates = [*range(_LOWEST, low), *range(max(high + 1, _LOWEST), _HIGHEST + 1)]
+    candidates: list[int] = [*range(_LOWEST, low), *range(max(high + 1, _LOWEST), _HIGHEST + 1)]
     start: int = rng.randrange(len(candidates)) if candidates else 0
     for port in candidates[start:] + candidates[:start]:
         if port not in taken and _is_free(port):

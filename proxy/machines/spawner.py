@@ -70,6 +70,8 @@ class Spawner:
             self._can_move = True
         except OSError:  # as in a container without privileges; namespaces are out of reach there too
             self._can_move = False
+        # Python opens nothing that a child inherits; whoever started us may have
+        self._inherited = _inheritable_files()
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._home_net = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._home_mnt = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -147,6 +149,7 @@ class Spawner:
             setsigmask=(),
             setsigdef=_RESET_SIGNALS,
             file_actions=[
+                *((os.POSIX_SPAWN_CLOSE, fd) for fd in self._inherited),
                 (os.POSIX_SPAWN_DUP2, self._null, 0),
                 (os.POSIX_SPAWN_DUP2, output, 1),
                 (os.POSIX_SPAWN_DUP2, output, 2),
@@ -268,6 +271,15 @@ def _identify(pid: int, spec: MachineSpec) -> Spawned:
     stat = proc.read_stat(pid)
     assert stat is not None  # it is our child and not reaped
     return Spawned(Running(pid, stat.start_ticks, netns_pid=pid if spec.own_network else 0), pidfd)
+
+
+def _inheritable_files() -> list[int]:
+    found = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # closed meanwhile by another thread
+            if fd > 2 and os.get_inheritable(fd):
+                found.append(fd)
+    return found
 
 
 def _identity(path: str) -> tuple[int, int]:
