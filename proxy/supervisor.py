@@ -35,8 +35,9 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from proxy.binding import BindError, bind_all
 from proxy.orphans import Orphans
@@ -66,6 +67,7 @@ _DATAGRAM_BYTES = 65_536
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 Role = Literal["control", "worker"]
+T = TypeVar("T")
 
 
 def exec_supervisor(plan: ServePlan) -> NoReturn:
@@ -244,25 +246,29 @@ class Supervisor:
         for place in self._places:
             place.start_at = time.monotonic()
         while self.stage is not Stage.ENDED:
-            try:
-                self._turn()
-            except Exception:
-                # The root must outlive what it did not foresee (out of descriptors, a full disk): tell, then try again.
-                self._log("error", "unforeseen: " + traceback.format_exc().replace("\n", " | "))
-                select.select([], [], [], 0.1)
+            self._turn()
         self._end()
         return 1 if self._cut_short else 0
 
     def _turn(self) -> None:
+        """Wait once, then do all that is due."""
         for key, mask in self._selector.select(self._wait_s()):
-            key.data(mask)
+            self._surely(key.data, mask)
         now = time.monotonic()
-        self._watch(now)
-        self._scan_orphans(now)
-        self._advance(now)
+        self._surely(self._watch, now)
+        self._surely(self._scan_orphans, now)
+        self._surely(self._advance, now)
         for place in self._places:
             if place.start_at is not None and place.start_at <= now:
-                self._start(place)
+                self._surely(self._start, place)
+
+    def _surely(self, step: Callable[[T], None], argument: T) -> None:
+        """The root must outlive what nobody foresaw, and a step that fails must not keep the others from their turn."""
+        try:
+            step(argument)
+        except Exception:
+            self._log("error", "unforeseen: " + traceback.format_exc().replace("\n", " | "))
+            select.select([], [], [], 0.1)  # it may come again at once, and then for ever
 
     def _wait_s(self) -> float:
         deadlines = [self._watched_at + WATCH_S, self._orphans_due]
@@ -519,7 +525,7 @@ class Supervisor:
         now = time.monotonic()
         lived = now - child.started_at
         stopping = self.stage is not Stage.SERVING
-        self._cut_short |= stopping and child.killed
+        self._cut_short |= stopping and child.killed and place is not self._control
         how = _describe(result.si_code, result.si_status)
         done = self.stage is Stage.STOPPING and result.si_code == os.CLD_EXITED and result.si_status == 0
         if not stopping or (place is self._control and not done):

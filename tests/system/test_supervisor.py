@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -132,6 +133,20 @@ def test_run_files_that_cannot_be_written_keep_nobody_from_being_replaced(node: 
     assert "children.json can't be written" in node.log()
     node.signal(signal.SIGTERM)
     assert node.wait_ended() == 0
+
+
+def test_a_supervisor_out_of_descriptors_goes_on_trying_and_the_other_children_serve(node: Supervised) -> None:
+    limits = resource.prlimit(node.pid, resource.RLIMIT_NOFILE)
+    old = node.pid_of("worker", 1)
+    resource.prlimit(node.pid, resource.RLIMIT_NOFILE, (1, limits[1]))
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: node.log().count("worker 1 can't be started") >= 2, 10, lambda: f"tried twice\n{node.log()}")
+    control = node.pid_of("control")
+    os.kill(control, signal.SIGKILL)
+    wait_for(lambda: "control can't be started" in node.log(), 10, lambda: f"control tried\n{node.log()}")
+    resource.prlimit(node.pid, resource.RLIMIT_NOFILE, limits)
+    node.wait_replaced("control", 0, control)
+    node.wait_replaced("worker", 1, old)
 
 
 # --- what is shared and what is not
