@@ -279,8 +279,9 @@ class Source:
         placed = []
         for fault in faults:
             line = fault.line or line_of(lines, fault.path)
-            # a line of an environment may hold a secret: it is not repeated
-            shown = _printable(rows[line - 1]) if line and line <= len(rows) and "env" not in fault.path else None
+            shown = _printable(rows[line - 1]) if line and line <= len(rows) else None
+            if "env" in fault.path:  # what stands there may be a secret: it is not repeated
+                fault, shown = dataclasses.replace(fault, value=""), None
             placed.append(dataclasses.replace(fault, file=self.path, line=line, source_line=shown))
         return tuple(sorted(placed, key=lambda one: one.line or 0))
 

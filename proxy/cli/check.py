@@ -199,7 +199,7 @@ def render(node: Report, console: Console) -> None:
     for app in node.get("apps", ()):
         _render_app(app, console)
     _render_faults(node["faults"], console)
-    _render_sum(node["faults"], f"{len(node.get('apps', ()))} apps", console)
+    _render_sum(node["faults"], _plural(len(node.get("apps", ())), "app"), console)
 
 
 def render_fly_tomls(files: Sequence[Report], console: Console) -> None:
@@ -291,12 +291,15 @@ def _render_keys(keys: Report, console: Console, indent: str) -> None:
 
 
 def _gathered(keys: Iterable[str]) -> list[str]:
-    """Keys of one section, when there are several, as `section.*`."""
+    """Keys of one section, when there are several, as `section.{one, other}`."""
     sections: dict[str, list[str]] = {}
     for key in keys:
-        section, dot, _ = key.rpartition(".")
-        sections.setdefault(section if dot else key, []).append(key)
-    return [keys[0] if len(keys) == 1 else f"{section}.*" for section, keys in sections.items()]
+        section, dot, name = key.rpartition(".")
+        sections.setdefault(section + dot, []).append(name)
+    return [
+        f"{section}{{{', '.join(names)}}}" if section and len(names) > 1 else ", ".join(section + name for name in names)
+        for section, names in sections.items()
+    ]
 
 
 def _render_faults(faults: Iterable[Report], console: Console) -> None:

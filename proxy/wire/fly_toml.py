@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, TypedDict
 
 from proxy.model import Autostop, Check, ConcurrencyType, Port, RestartPolicy, Service
 from proxy.wire.fly_keys import KeyClass, KeyUse, classify_keys
-from proxy.wire.toml_table import Fault, Reader, Severity, Table, scalar_text, suggest
+from proxy.wire.toml_table import Fault, KeyPath, Reader, Severity, Table, render_path, scalar_text, suggest
 
 DEFAULT_GROUP: Final = "app"
 MAX_KILL_TIMEOUT_S: Final = 300.0
@@ -380,7 +380,7 @@ class _FlyTomlReader:
 
     def _services(self) -> tuple[Service, ...]:
         services = []
-        seen: dict[tuple[str, int], str] = {}
+        seen: list[tuple[str, Port, KeyPath]] = []
         http = self.top.table("http_service")
         if http is not None:
             services.append(self._http_service(http))
@@ -400,17 +400,17 @@ class _FlyTomlReader:
         tls = Port(443, 443, ("http", "tls"), **options)
         return self._service_of(table, "tcp", (plain, tls), self._checks(table, "checks", "http"))
 
-    def _service(self, table: Table) -> tuple[Service, list[tuple[str | int, ...]]]:
+    def _service(self, table: Table) -> tuple[Service, list[KeyPath]]:
         if self.processes and not table.texts("processes"):
             table.error("processes", "expected the process groups of this service, since there are [processes]")
         protocol = table.text("protocol", choices=("tcp", "udp")) or "tcp"
         ports: list[Port] = []
-        paths: list[tuple[str | int, ...]] = []
+        paths: list[KeyPath] = []
         for one in table.tables("ports"):
             for port in self._ports(one, protocol):
                 ports.append(port)
                 paths.append(one.path)
-        if not ports:
+        if not ports and not table.values.get("ports"):
             table.warn("ports", "no public port: nothing reaches this service from outside")
         tcp, http = self._checks(table, "tcp_checks", "tcp"), self._checks(table, "http_checks", "http")
         service = self._service_of(table, protocol, tuple(ports), tcp + http)
@@ -525,8 +525,8 @@ class _FlyTomlReader:
             options["tls_versions"] = self._tls_versions(tls)
             options["default_self_signed"] = tls.flag("default_self_signed")
         if (http := table.table("http_options")) is not None:
-            options["idle_timeout_s"] = http.integer("idle_timeout", 0, 2**32 - 1) or None
-            options["headers_read_timeout_s"] = http.integer("headers_read_timeout", 0, 2**32 - 1) or None
+            options["idle_timeout_s"] = float(http.integer("idle_timeout", 0, 2**32 - 1) or 0) or None
+            options["headers_read_timeout_s"] = float(http.integer("headers_read_timeout", 0, 2**32 - 1) or 0) or None
             options["h2_backend"] = http.flag("h2_backend")
             options["compress"] = http.flag("compress")
             if (response := http.table("response")) is not None:
@@ -578,25 +578,16 @@ class _FlyTomlReader:
         table.text("name")
         table.flag("allow_bypass")
 
-    def _note_ports(
-        self, service: Service, paths: list[tuple[str | int, ...]], seen: dict[tuple[str, int], str]
-    ) -> None:
+    def _note_ports(self, service: Service, paths: list[KeyPath], seen: list[tuple[str, Port, KeyPath]]) -> None:
         """Warn of a public port that an earlier port of the same protocol already has: the first is served."""
         for port, path in zip(service.ports, paths, strict=True):
-            where = ".".join(str(one) for one in path)
-            taken = next(
-                (
-                    (number, owner)
-                    for (protocol, number), owner in seen.items()
-                    if protocol == service.protocol and port.start <= number <= port.end
-                ),
-                None,
-            )
-            if taken is not None:
-                expected = f"public port {taken[0]} is given twice; the first, in {taken[1]}, is served"
-                self.reader.warn((*path, "port"), taken[0], expected)
-            for number in (port.start, port.end):
-                seen.setdefault((service.protocol, number), where)
+            for protocol, earlier, owner in seen:
+                if protocol == service.protocol and earlier.start <= port.end and port.start <= earlier.end:
+                    number = max(earlier.start, port.start)
+                    expected = f"public port {number} is given twice; the first, in {render_path(owner)}, is served"
+                    self.reader.warn((*path, "port"), number, expected)
+                    break
+            seen.append((service.protocol, port, path))
 
     def _check_udp(self, table: Table, service: Service) -> None:
         for port in service.ports:
@@ -925,7 +916,7 @@ def _is_base64(text: str) -> bool:
     return True
 
 
-def _value_at(document: object, path: tuple[str | int, ...]) -> object:
+def _value_at(document: object, path: KeyPath) -> object:
     for part in path:
         if isinstance(document, Mapping) or (isinstance(document, list) and isinstance(part, int)):
             document = document[part]  # type: ignore[index]  # the path was found by walking this very document

@@ -54,7 +54,7 @@ def render_path(path: KeyPath) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            name = part if _BARE_KEY.fullmatch(part) else '"' + part.replace('"', '\\"') + '"'
+            name = part if _BARE_KEY.fullmatch(part) else _quoted(part)
             text += f".{name}" if text else name
     return text
 
@@ -70,14 +70,16 @@ def render_value(value: object) -> str:
             return _shorten("[" + ", ".join(render_value(one) for one in value) + "]")
         return "(an array)"
     if isinstance(value, str):
-        return _shorten('"' + "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in value) + '"')
+        return _shorten(_quoted(value))
     return _shorten(str(value))
 
 
 def suggest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to a misspelt one, or None when none is close."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.7)
-    return near[0] if near else None
+    names = list(known)
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)
+    longer = [one for one in names if len(name) > 3 and one.startswith(name.lower())]
+    return near[0] if near else longer[0] if longer else None
 
 
 class Reader:
@@ -356,6 +358,11 @@ _KEY_PART = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)'|([A-Za-z0-9_-]+))
 
 def _render_or_empty(value: object) -> str:
     return "" if value is MISSING else render_value(value)
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in escaped) + '"'
 
 
 def _shorten(text: str) -> str:
