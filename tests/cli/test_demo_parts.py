@@ -45,6 +45,7 @@ def test_the_config_written_has_the_ports_and_this_python(tmp_path: Path) -> Non
     assert config["listen"] == {"80": ["127.0.0.1:1001"], "443": ["127.0.0.1:1002"], "admin": "127.0.0.1:1003"}
     assert {app["command"][0] for app in config["apps"]} == {sys.executable}
     assert config["node"]["workers"] >= 2
+    assert config["apps"][1]["idle_timeout"] == f"{IDLE_S:g}s"
     for app in config["apps"]:
         assert (tmp_path / app["fly_toml"]).is_file()
         assert (tmp_path / app["fly_toml"]).parent.joinpath("server.py").is_file()
