@@ -107,7 +107,6 @@ def check(
 ) -> None:
     """Say what config.toml and its fly.toml files come to, and list every fault."""
     from proxy.cli.check import run_check
-
     from proxy.cli.node import config_path
 
     files = fly_toml or []

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 
 def say(text: str = "") -> None:
@@ -19,7 +19,7 @@ def print_json(value: Any) -> None:  # Any: whatever the node answered
 
 
 def print_error(message: str) -> None:
-    print(f"{'wakefront'}: {message}", file=sys.stderr, flush=True)
+    print(f"wakefront: {message}", file=sys.stderr, flush=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
@@ -77,7 +77,3 @@ def age(seconds: float) -> str:
         if seconds < limit:
             return f"{int(seconds / size)} {unit}"
     return f"{int(seconds / 86_400)} d"
-
-
-def is_colour(stream: TextIO) -> bool:
-    return stream.isatty()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from proxy.cli.demo import (
+    IDLE_S,
     STEPS,
     Broken,
     DemoNode,
