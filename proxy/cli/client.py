@@ -240,6 +240,8 @@ def logs(api: Api, app: str, follow: bool, lines: int, as_json: bool) -> None:
             say(json.dumps({"name": app, "line": line}, ensure_ascii=False) if as_json else line)
     except ApiError as error:
         raise unknown_app(api, app) if error.status == 404 else error from None
+    if follow:
+        raise CliError("The node ended the stream, it stops or restarts: ask again to go on.")
 
 
 def certs_ca(api: Api, as_json: bool) -> None:

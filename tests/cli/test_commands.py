@@ -162,7 +162,9 @@ def test_logs_follows_with_lines_that_come_later(
 ) -> None:
     node.log_lines["hello"] = ["line 1"]
     loop_of_admin.call_soon_threadsafe(loop_of_admin.call_later, 0.05, node.follow_released.set)
-    assert run("logs", "-f", "hello").out == "line 1\na line that came later\n"
+    ended = run("logs", "-f", "hello")
+    assert ended.out == "line 1\na line that came later\n"
+    assert ended.code == 1 and "ended the stream" in ended.err, "whoever follows wants to know that it is over"
 
 
 def command(*words: str, cwd: Path) -> subprocess.Popen[str]:
