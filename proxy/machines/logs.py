@@ -118,12 +118,14 @@ def _last_lines(path: str, lines: int) -> list[bytes]:
         end = position = os.fstat(fd).st_size
         start = first_data(fd, 0)
         floor = max(start, end - 2 * LIMIT_BYTES)
-        data = b""
-        while position > floor and data.count(b"\n") <= lines:
+        chunks: list[bytes] = []
+        ends = 0
+        while position > floor and ends <= lines:
             step = min(_CHUNK, position - floor)
             position -= step
-            data = os.pread(fd, step, position) + data
-        whole = data.split(b"\n")
+            chunks.append(os.pread(fd, step, position))
+            ends += chunks[-1].count(b"\n")
+        whole = b"".join(reversed(chunks)).split(b"\n")
         if position > 0 and len(whole) > 1:
             del whole[0]  # its beginning is not here
         if whole[-1] == b"":

@@ -48,14 +48,14 @@ def network_support() -> str | None:
 def make_folders(mounts: Iterable[Mount], user: str | None) -> None:
     """The volumes' folders on the host, those that are missing; they belong to the machine's user."""
     for one in mounts:
+        if os.path.isdir(one.source):
+            continue
         try:
             os.makedirs(os.path.dirname(one.source), exist_ok=True)
             os.mkdir(one.source, 0o700)
             if user is not None:
                 uid, gid, _ = account(user)
                 shutil.chown(one.source, uid, gid)
-        except FileExistsError:
-            continue
         except OSError as error:
             raise DriverError(f"volume {one.name}: cannot make its folder {one.source}: {error.strerror}") from error
 
@@ -120,7 +120,7 @@ def _mirror(parent: str, mounts: list[Mount], staging: str) -> None:
         place = os.path.join(staging, os.path.relpath(one.destination, parent))
         os.makedirs(place, exist_ok=True)
         namespace.mount(one.source, place, None, namespace.MS_BIND | namespace.MS_REC)
-    namespace.mount(None, staging, None, namespace.MS_SLAVE)
+    namespace.mount(None, staging, None, namespace.MS_PRIVATE)  # bindable again: a mirror of / takes it along
     namespace.mount(staging, parent, None, namespace.MS_MOVE)
 
 
