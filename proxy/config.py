@@ -23,7 +23,7 @@ import tomli
 from proxy.model import AppLimits, AppName, Endpoint, RegionCode, RestartPolicy, Service, WakeOn
 from proxy.process import ListenAddress, ServePlan
 from proxy.wire.fly_keys import KeyClass, KeyUse
-from proxy.wire.fly_toml import DEFAULT_GROUP, FlyToml, FlyTomlResult, Volume, is_env_name, read_fly_toml, split_command
+from proxy.wire.fly_toml import DEFAULT_GROUP, FlyToml, FlyTomlResult, Volume, is_env_name, read_command, read_fly_toml
 from proxy.wire.toml_table import (
     MISSING,
     Fault,
@@ -640,8 +640,8 @@ class _AppReader:
                 if group not in fly.groups:
                     expected = f"no process group is called {group!r} (there is {', '.join(fly.groups)})"
                     below.error(group, expected, suggest(group, fly.groups))
-            return {group: _command(below, group) for group in below.values}
-        return {fly.default_group: _command(self.table, "command")}
+            return {group: read_command(below, group) for group in below.values}
+        return {fly.default_group: read_command(self.table, "command")}
 
     def _check_command(self, group: str, command: tuple[str, ...], count: int, cwd: str) -> None:
         if not command and count and "command" not in self.table:
@@ -650,7 +650,7 @@ class _AppReader:
                 f"expected the command that starts a machine{of}: its fly.toml has none ([processes] or an image's)"
             )
             self.table.error("command", expected)
-        elif not command and count:
+        elif not command and count and self.table.raw("command") in ("", []):
             self.table.error("command", "expected a command, not nothing")
         elif command and count and "{" not in command[0]:
             program = os.path.join(cwd, command[0]) if "/" in command[0] else shutil.which(command[0])
@@ -786,13 +786,6 @@ _KEY_OF: Final = {"wake_hints_per_source_s": "wake_hints_per_source", "wake_hint
 def _build(kind: type[_T], **values: object) -> _T:
     """An object whose absent values (None) are the dataclass's defaults."""
     return kind(**{name: value for name, value in values.items() if value is not None})
-
-
-def _command(table: Table, key: str) -> tuple[str, ...]:
-    if isinstance(table.raw(key), list):
-        return table.texts(key)
-    text = table.text(key)
-    return () if text is None else split_command(table, key, text)
 
 
 def _matching(table: Table, key: str, pattern: str, expected: str) -> str | None:

@@ -300,7 +300,7 @@ class _FlyTomlReader:
         table = self.top.table("processes")
         if table is None:
             return {}
-        return {name: self._group_command(table, name) for name in table.values if self._is_group_name(table, name)}
+        return {name: read_command(table, name) for name in table.values if self._is_group_name(table, name)}
 
     def _old_processes(self) -> dict[str, tuple[str, ...]]:
         groups = {}
@@ -311,7 +311,7 @@ class _FlyTomlReader:
             if name is None:
                 table.error("name", "expected the name of the process group")
             elif self._is_group_name(table, name):
-                groups[name] = self._group_command(table, "command")
+                groups[name] = read_command(table, "command")
         return groups
 
     def _is_group_name(self, table: Table, name: str) -> bool:
@@ -319,12 +319,6 @@ class _FlyTomlReader:
             return True
         self.reader.error(table.path, name, "a process group's name has letters, digits, - and _ only")
         return False
-
-    def _group_command(self, table: Table, key: str) -> tuple[str, ...]:
-        if isinstance(table.raw(key), list):
-            return table.texts(key)
-        text = table.text(key)
-        return () if text is None else split_command(table, key, text)
 
     def _groups_of(self, table: Table) -> tuple[str, ...]:
         """The groups an item belongs to: those it names, else the default one."""
@@ -366,9 +360,9 @@ class _FlyTomlReader:
         if table is None:
             return Experimental()
         return Experimental(
-            cmd=self._group_command(table, "cmd"),
-            entrypoint=self._group_command(table, "entrypoint"),
-            exec=self._group_command(table, "exec"),
+            cmd=read_command(table, "cmd"),
+            entrypoint=read_command(table, "entrypoint"),
+            exec=read_command(table, "exec"),
             auto_rollback=table.flag("auto_rollback") if "auto_rollback" in table else None,
             enable_consul=table.flag("enable_consul"),
             enable_etcd=table.flag("enable_etcd"),
@@ -655,13 +649,13 @@ class _FlyTomlReader:
     def _machine_checks(self, table: Table) -> tuple[MachineCheck, ...]:
         checks = []
         for one in table.tables("machine_checks"):
-            command = self._group_command(one, "command")
+            command = read_command(one, "command")
             if not command and "command" not in one:
                 one.warn("command", "expected the command that tests a machine")
             checks.append(
                 MachineCheck(
                     command=command,
-                    entrypoint=self._group_command(one, "entrypoint"),
+                    entrypoint=read_command(one, "entrypoint"),
                     image=one.text("image"),
                     kill_signal=_kill_signal(one),
                     kill_timeout_s=one.duration_s("kill_timeout", bare_unit_s=1.0),
@@ -865,13 +859,21 @@ _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\U0010ffff]*")
 
 
-def split_command(table: Table, key: str, text: str) -> tuple[str, ...]:
-    """Split a command as a shell would; no shell runs it."""
-    try:
-        return tuple(shlex.split(text))
-    except ValueError as error:
-        table.error(key, f"expected a command that can be split into words ({str(error).lower()})")
+def read_command(table: Table, key: str) -> tuple[str, ...]:
+    """A command: an array of words, or a string that is split as a shell would; no shell runs it."""
+    value = table.raw(key)
+    if isinstance(value, str):
+        try:
+            words = tuple(shlex.split(value))
+        except ValueError as error:
+            table.error(key, f"expected a command that can be split into words ({str(error).lower()})")
+            return ()
+    else:
+        words = table.texts(key)
+    if any("\0" in word for word in words):
+        table.error(key, "a command has no NUL character")
         return ()
+    return words
 
 
 def is_env_name(table: Table, name: str) -> bool:

@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proxy import config as config_module
+from proxy.config import AppConfig, Host, LoadResult, NodeConfig, load, plan
+from proxy.ipc import Settings
+from proxy.model import AppLimits, Endpoint, RestartPolicy, WakeOn
+from proxy.process import ListenAddress
+
+ROOT = Path(__file__).parent.parent
+NOBODY = Host("host", 65534, 4)
+ROOT_USER = Host("host", 0, 4)
+
+FLY = """\
+app = "shop"
+primary_region = "fra"
+kill_signal = "SIGTERM"
+kill_timeout = "7s"
+
+[env]
+MODE = "plain"
+LEVEL = 3
+
+[processes]
+web = "python3 web.py --port {port}"
+worker = "python3 worker.py"
+
+[http_service]
+internal_port = 8080
+processes = ["web"]
+
+[[mounts]]
+source = "data"
+destination = "/data"
+processes = ["worker"]
+
+[[restart]]
+policy = "always"
+retries = 2
+processes = ["worker"]
+"""
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+class Node:
+    """A folder with config.toml and fly.toml files to load."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "shop").mkdir()
+        self.fly(FLY)
+
+    def fly(self, text: str, name: str = "shop/fly.toml") -> None:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+    def load(self, text: str, host: Host = NOBODY) -> LoadResult:
+        (self.folder / "config.toml").write_text(text)
+        return load(self.folder / "config.toml", host)
+
+    def good(self, text: str, host: Host = NOBODY) -> NodeConfig:
+        result = self.load(text, host)
+        assert result.config is not None, [str(fault) for fault in result.errors]
+        return result.config
+
+    def app(self, extra: str = "", host: Host = NOBODY) -> AppConfig:
+        return self.good(APP + extra, host).apps[0]
+
+    def errors(self, text: str, host: Host = NOBODY) -> dict[str, str]:
+        result = self.load(text, host)
+        assert (result.config is None) == bool(result.errors)
+        return {fault.key: fault.expectation for fault in result.errors}
+
+    def warnings(self, text: str, host: Host = NOBODY) -> dict[str, str]:
+        return {fault.key: fault.expectation for fault in self.load(text, host).warnings}
+
+
+APP = '[[apps]]\nfly_toml = "shop/fly.toml"\n'
+STATIC = '[[apps]]\nname = "old"\ndriver = "static"\n[[apps.machines]]\nid = "old-1"\naddress = "10.0.0.5:9000"\n'
+
+
+# --- the node
+
+
+def test_an_empty_file_is_a_node_with_defaults(node: Node) -> None:
+    config = node.good("")
+    assert config.node.name == "host"
+    assert config.node.region == "local"
+    assert config.node.domain == "apps.localhost"
+    assert config.node.data_dir == str(node.folder / "wakefront-data")
+    assert config.listen.public == (ListenAddress(80, "127.0.0.1", 8080), ListenAddress(443, "127.0.0.1", 8443))
+    assert (config.listen.admin_host, config.listen.admin_port) == ("127.0.0.1", 8081)
+    assert config.apps == ()
+
+
+def test_limits_and_log_have_the_names_and_defaults_of_the_workers_settings(node: Node) -> None:
+    worker = Settings(protocol=1, node="n", region="r", domain="d")
+    config = node.good("")
+    for section in (config.limits, config.log):
+        for field in dataclasses.fields(section):
+            if field.name != "access_log":  # control decides nothing here: "-" is the node's default
+                assert getattr(section, field.name) == getattr(worker, field.name), field.name
+    copied = {field.name for section in (config.limits, config.log) for field in dataclasses.fields(section)}
+    assert set(Settings.__struct_fields__) == {"protocol", "node", "region", "domain"} | copied
+
+
+def test_every_limit_can_be_set(node: Node) -> None:
+    limits = node.good(
+        "[limits]\nmax_head_bytes = 2048\nmax_headers = 7\nmax_target_bytes = 1024\nmax_connections = 9\n"
+        'handshake_timeout = "1s"\nhead_timeout = 2\nidle_timeout = "3s"\ndrain_timeout = "0s"\n'
+        "wake_hints_per_source = 0.5\nwake_hints = 8"
+    ).limits
+    assert dataclasses.astuple(limits) == (2048, 7, 1024, 9, 1.0, 2.0, 3.0, 0.0, 0.5, 8.0)
+
+
+def test_ports_are_bound_where_listen_says(node: Node) -> None:
+    config = node.good('[listen]\n443 = ["127.0.0.1:8443", "[::1]:8443"]\n8080 = "localhost:0"\nadmin = "127.0.0.1:0"')
+    assert config.listen.public == (
+        ListenAddress(443, "127.0.0.1", 8443),
+        ListenAddress(443, "::1", 8443),
+        ListenAddress(8080, "127.0.0.1", 0),
+    )
+    assert config.public_ports == (443, 8080)
+    assert config.listen.admin_port == 0
+
+
+@pytest.mark.parametrize(
+    "line", ['443 = ["8443"]', '443 = ["host:1"]', '443 = ["::1:8443"]', '443 = ["127.0.0.1:70000"]',
+             '0 = ["127.0.0.1:1"]', '443 = 8443', 'admin = "8081"', 'admim = "127.0.0.1:8081"', '99999 = []'],
+)  # fmt: skip
+def test_a_wrong_listen_line_is_refused(node: Node, line: str) -> None:
+    assert node.errors(f"[listen]\n{line}").keys() == {f"listen.{line.split(' ')[0]}"}
+
+
+def test_one_address_is_not_bound_twice(node: Node) -> None:
+    assert "8080 is bound for 80 already" in node.errors('[listen]\n80 = ["127.0.0.1:8080"]\n443 = ["127.0.0.1:8080"]')[
+        "listen.443"
+    ].replace("127.0.0.1:", "")
+    assert "listen.80" in node.errors('[listen]\n80 = ["127.0.0.1:8081"]')
+
+
+def test_an_admin_api_that_others_reach_is_a_warning(node: Node) -> None:
+    assert "listen.admin" in node.warnings('[listen]\nadmin = "0.0.0.0:8081"')
+
+
+def test_acme_is_refused_as_not_there_yet(node: Node) -> None:
+    assert "not in this version" in node.errors('[certs]\nissuer = "acme"')["certs.issuer"]
+
+
+def test_sections_of_later_versions_are_kept_without_effect(node: Node) -> None:
+    config = node.good(
+        "[regions.ams]\nlatitude = 52.3\nlongitude = 4.8\n"
+        '[[peers]]\nname = "b"\nregion = "fra"\nbackhaul = "10.0.0.1:1"\n'
+        '[cluster]\nembedded = true\n[listen]\ndns = "127.0.0.1:53"\n[certs]\nacme_email = "a@b"\n'
+    )
+    assert {key.key for key in config.keys} == {"regions", "peers", "cluster", "listen.dns", "certs.acme_email"}
+    assert all(key.reason for key in config.keys)
+    assert config.listen.public[0].public_port == 80
+
+
+def test_the_access_log_is_a_file_beside_config_toml_or_none(node: Node) -> None:
+    assert node.good('[log]\naccess = "access.log"').log.access_log == str(node.folder / "access.log")
+    assert node.good('[log]\naccess = ""\nformat = "text"').log == config_module.LogSection("", "text")
+    assert node.errors('[log]\naccess = "no/such/folder.log"').keys() == {"log.access"}
+
+
+def test_the_plan_has_a_worker_a_core_unless_the_file_says_how_many(node: Node) -> None:
+    text = '[node]\ndata_dir = "d"\n[limits]\ndrain_timeout = "4s"\n'
+    made = plan(node.good(text), node.folder / "config.toml", NOBODY)
+    assert (made.workers, made.drain_timeout_s, made.data_dir) == (4, 4.0, str(node.folder / "d"))
+    assert made.config_path == str(node.folder / "config.toml")
+    assert plan(node.good("[node]\nworkers = 2"), "config.toml", NOBODY).workers == 2
+
+
+# --- apps
+
+
+def test_an_app_is_its_fly_toml_and_what_config_toml_adds(node: Node) -> None:
+    app = node.app(
+        'hostnames = ["Shop.Example", "bücher.example."]\n'
+        'wake_on = "request"\nwake_timeout = "9s"\nidle_timeout = "0"\n'
+        'connect_timeout = "1s"\nfirst_byte_timeout = "0"\nstream_idle_timeout = 20\nmax_waiters = 5\n'
+        'count = { web = 3, worker = 0 }\n[apps.env]\nMODE = "secret"\nTOKEN = "t"\n'
+    )
+    assert app.name == "shop"
+    assert app.hostnames == ("shop.apps.localhost", "shop.example", "xn--bcher-kva.example")
+    assert (app.wake_on, app.wake_timeout_s, app.idle_timeout_s) == (WakeOn.REQUEST, 9.0, 0.0)
+    assert app.limits == AppLimits(1.0, None, 20.0, 5)
+    assert dict(app.env) == {"MODE": "secret", "LEVEL": "3", "TOKEN": "t", "PRIMARY_REGION": "fra"}
+    assert (app.kill_signal, app.kill_timeout_s, app.primary_region) == (15, 7.0, "fra")
+    assert app.cwd == str(node.folder / "shop")
+    web, worker = app.groups
+    assert (web.name, web.count, web.internal_ports) == ("web", 3, (8080,))
+    assert web.command == ("python3", "web.py", "--port", "{port}")
+    assert (worker.count, worker.internal_ports, worker.mounts[0].source) == (0, (), "data")
+    assert (worker.restart, worker.restart_retries) == (RestartPolicy.ALWAYS, 2)
+
+
+def test_each_group_has_one_machine_unless_counted(node: Node) -> None:
+    assert [group.count for group in node.app().groups] == [1, 1]
+    assert [group.count for group in node.app("count = 2").groups] == [2, 2]
+
+
+def test_a_command_of_config_toml_beats_the_fly_toml_for_the_default_group(node: Node) -> None:
+    groups = node.app("command = \"python3 other.py 'two words'\"").groups
+    assert groups[0].command == ("python3", "other.py", "two words")
+    assert groups[1].command == ("python3", "worker.py")
+
+
+def test_commands_may_be_given_group_by_group(node: Node) -> None:
+    groups = node.app('command = { worker = ["python3", "w.py"] }').groups
+    assert groups[0].command == ("python3", "web.py", "--port", "{port}")
+    assert groups[1].command == ("python3", "w.py")
+    assert "apps[0].command.wroker" in node.errors(APP + 'command = { wroker = "python3" }')
+
+
+def test_a_command_is_asked_for_where_only_an_image_would_have_one(node: Node) -> None:
+    node.fly('app = "image"\n[build]\nimage = "nginx"\n[http_service]')
+    assert "command" in node.errors(APP)["apps[0].command"]
+    assert node.errors(APP + "count = 0") == {}
+    assert node.app('command = "python3"').groups[0].command == ("python3",)
+
+
+def test_an_app_may_be_named_in_config_toml(node: Node) -> None:
+    node.fly(FLY.replace('app = "shop"\n', ""))
+    assert node.errors(APP).keys() == {"apps[0].name"}
+    assert node.app('name = "other"').hostnames[0] == "other.apps.localhost"
+
+
+@pytest.mark.parametrize("name", ["{{app}}", "<your-app>", "{APP_NAME}", "Shop", "a_b", "-x", "a" * 64, "../up"])
+def test_placeholders_and_wrong_names_are_refused(node: Node, name: str) -> None:
+    node.fly(FLY.replace('"shop"', f'"{name}"'))
+    assert node.errors(APP).keys() == {"apps[0].fly_toml"}
+    assert node.app('name = "good"').name == "good"
+
+
+def test_two_apps_share_neither_name_nor_hostname_nor_machine(node: Node) -> None:
+    node.fly('app = "b"\n[http_service]', "b/fly.toml")
+    b = '[[apps]]\nfly_toml = "b/fly.toml"\ncommand = "python3"\n'
+    assert node.errors(APP + APP).keys() == {"apps[1].name"}
+    assert node.errors(APP + b + 'hostnames = ["shop.apps.localhost"]').keys() == {"apps[1].hostnames"}
+    assert node.errors(APP + 'hostnames = ["x.example"]\n' + b + 'hostnames = ["X.example"]').keys() == {
+        "apps[1].hostnames"
+    }
+    assert node.errors(STATIC + STATIC.replace('"old"', '"new"')).keys() == {"apps[1].machines"}
+
+
+@pytest.mark.parametrize("hostname", ["*.example", "10.0.0.1", "a b", "", "x..y", "[::1]", "a" * 64 + ".example"])
+def test_what_is_no_host_name_is_refused(node: Node, hostname: str) -> None:
+    assert node.errors(APP + f'hostnames = ["{hostname}"]').keys() == {"apps[0].hostnames"}
+
+
+def test_faults_of_a_fly_toml_come_with_its_own_file_and_line(node: Node) -> None:
+    node.fly(FLY.replace("internal_port = 8080", "internal_port = 70000"))
+    (fault,) = node.load(APP).errors
+    assert (fault.file, fault.line, fault.key) == (
+        str(node.folder / "shop/fly.toml"),
+        FLY[: FLY.index("internal_port")].count("\n") + 1,
+        "http_service.internal_port",
+    )
+    assert (fault.value, fault.source_line) == ("70000", "internal_port = 70000")
+
+
+def test_a_faulty_app_does_not_hide_faults_of_the_next(node: Node) -> None:
+    node.fly("app = ", "broken/fly.toml")
+    text = '[[apps]]\nfly_toml = "broken/fly.toml"\n[[apps]]\nfly_toml = "gone/fly.toml"\n' + APP + "count = -1"
+    faults = node.load(text).errors
+    assert {(Path(fault.file or "").parent.name, fault.line) for fault in faults} == {
+        ("broken", 1),
+        (node.folder.name, 4),
+        (node.folder.name, 7),
+    }
+
+
+def test_a_misspelt_key_is_refused_with_the_likely_one(node: Node) -> None:
+    result = node.load("[node]\nregoin = 'x'\n[nod]\n" + APP + "comand = 'x'\n")
+    assert {(fault.key, fault.line, fault.did_you_mean) for fault in result.errors} == {
+        ("node.regoin", 2, "region"),
+        ("nod", 3, "node"),
+        ("apps[0].comand", 6, "command"),
+    }
+
+
+def test_a_file_that_is_not_toml_is_one_fault_with_its_line(node: Node) -> None:
+    result = node.load('[node]\nname = "x\n')
+    assert (result.config, result.draft) == (None, None)
+    (fault,) = result.errors
+    assert fault.line == 2
+    assert "not valid TOML" in fault.expectation
+
+
+def test_a_file_that_is_not_there_or_not_text_is_one_fault(node: Node) -> None:
+    assert "No such file" in load(node.folder / "none.toml").errors[0].expectation
+    (node.folder / "config.toml").write_bytes(b"[node]\n\nname = '\xff'\n")
+    (fault,) = load(node.folder / "config.toml").errors
+    assert (fault.line, fault.expectation) == (3, "is not UTF-8 text")
+
+
+def test_values_of_environments_are_not_repeated_in_faults(node: Node) -> None:
+    (fault,) = node.load(APP + '[apps.env]\nFLY_TOKEN = "hush-hush"\n').errors
+    assert (fault.line, fault.source_line) == (4, None)
+    (other,) = node.load(APP + '[apps.env]\nTOKENS = ["hush-hush"]\n').errors
+    assert "hush" not in str(fault) + str(other)
+
+
+def test_a_driver_that_is_not_there_yet_is_refused(node: Node) -> None:
+    assert "not in this version" in node.errors(APP + 'driver = "docker"')["apps[0].driver"]
+    assert "apps[0].driver" in node.errors(APP + 'driver = "proces"')
+
+
+def test_a_folder_that_is_not_there_is_refused(node: Node) -> None:
+    assert node.errors(APP + 'cwd = "nowhere"').keys() == {"apps[0].cwd"}
+
+
+# --- machines that exist already
+
+
+def test_a_static_app_needs_no_fly_toml(node: Node) -> None:
+    (app,) = node.good(STATIC).apps
+    assert (app.name, app.driver) == ("old", "static")
+    (machine,) = app.machines
+    assert machine.endpoints(app.services) == (Endpoint(9000, "10.0.0.5", 9000),)
+    assert [port.start for port in app.services[0].ports] == [80, 443]
+    assert app.groups[0].count == 1
+
+
+def test_a_static_app_needs_machines_with_id_and_address(node: Node) -> None:
+    assert node.errors(APP + 'driver = "static"').keys() == {"apps[0].machines"}
+    text = APP + 'driver = "static"\n[[apps.machines]]\naddress = "host"\n'
+    assert node.errors(text).keys() == {"apps[0].machines[0].id", "apps[0].machines[0].address"}
+
+
+def test_machines_are_only_for_the_static_driver(node: Node) -> None:
+    text = APP + '[[apps.machines]]\nid = "a"\naddress = "127.0.0.1:1"\n'
+    assert node.errors(text).keys() == {"apps[0].machines"}
+
+
+# --- warnings
+
+
+def test_a_public_port_that_is_not_bound_says_which_line_to_add(node: Node) -> None:
+    warnings = node.warnings('[listen]\n80 = ["127.0.0.1:8080"]\n' + APP)
+    assert '"443" = ["127.0.0.1:8443"]' in warnings["listen.443"]
+    assert "shop" in warnings["listen.443"]
+    assert "listen.80" not in warnings
+
+
+def test_several_machines_on_one_fixed_port_are_a_warning(node: Node) -> None:
+    fixed = 'command = { web = "python3 web.py" }\n'
+    assert "apps[0].count" in node.warnings(APP + "count = 2\n" + fixed)
+    assert "apps[0].count" not in node.warnings(APP + "count = 2\n")
+    assert "apps[0].count" not in node.warnings(APP + 'count = 2\nnetwork = "namespace"\n' + fixed)
+    assert "apps[0].count" not in node.warnings(APP + 'count = 2\ncommand = ["sh", "-c", "serve $PORT"]\n')
+    assert "apps[0].count" not in node.warnings(APP + fixed)
+
+
+def test_machines_that_run_as_root_are_a_warning(node: Node) -> None:
+    assert "apps[0].user" in node.warnings(APP, ROOT_USER)
+    assert "apps[0].user" in node.warnings(APP + 'user = "root"', ROOT_USER)
+    assert "apps[0].user" not in node.warnings(APP + 'user = "nobody"', ROOT_USER)
+
+
+def test_machines_that_own_the_nodes_keys_are_a_warning(node: Node) -> None:
+    assert "node.data_dir" in node.warnings(APP)
+    assert "node.data_dir" not in node.warnings(STATIC)
+
+
+def test_another_user_is_for_root_only(node: Node) -> None:
+    assert "apps[0].user" in node.warnings(APP + 'user = "nobody"')
+    assert "apps[0].user" in node.errors(APP + 'user = "no body"')
+
+
+@pytest.mark.parametrize("command", ['"a/\\u0000"', '["a", "\\u0000"]', '""', "[]", '"a \'b"', "5"])
+def test_what_cannot_be_run_is_no_command(node: Node, command: str) -> None:
+    node.fly('app = "shop"\n[http_service]')
+    assert node.errors(APP + f"command = {command}").keys() == {"apps[0].command"}
+
+
+def test_a_program_that_is_not_there_is_a_warning(node: Node) -> None:
+    node.fly('app = "shop"\n[http_service]')
+    assert "apps[0].command" in node.warnings(APP + 'command = "./server"')
+    server = node.folder / "shop" / "server"
+    server.write_text("#!/bin/sh\n")
+    server.chmod(0o755)
+    assert "apps[0].command" not in node.warnings(APP + 'command = "./server"')
+
+
+# --- the example
+
+
+def test_the_example_loads_and_shows_every_key_with_its_default() -> None:
+    path = ROOT / "config.example.toml"
+    result = load(path, NOBODY)
+    assert result.config is not None, [str(fault) for fault in result.errors]
+    shown = tomli.loads(path.read_text())
+    plain = load_text("", path.parent)
+    for section in ("node", "limits", "log", "certs"):
+        expected, found = getattr(plain, section), getattr(result.config, section)
+        skipped = {"name"} if section == "node" else set()
+        for field in dataclasses.fields(expected):
+            if field.name not in skipped:
+                assert getattr(found, field.name) == getattr(expected, field.name), f"{section}.{field.name}"
+    assert result.config.listen == plain.listen
+    assert set(shown["limits"]) == set(config_module._fields(config_module.LimitsSection))
+    assert set(shown["node"]) == set(config_module._fields(config_module.NodeSection))
+    assert set(shown["apps"][0]) | {"user", "machines"} == set(config_module._APP_KEYS)
+    commented = set(re.findall(r"[a-z_]+", path.read_text()))
+    assert {"acme_directory", "acme_email", "acme_ca_file", "backhaul", "dns", "user", "latitude"} <= commented
+
+
+def test_the_examples_app_shows_the_defaults_of_an_app(node: Node) -> None:
+    example = load(ROOT / "config.example.toml", NOBODY).config
+    assert example is not None
+    default = node.app()
+    for name in ("wake_on", "wake_timeout_s", "idle_timeout_s", "limits", "network", "driver", "user"):
+        assert getattr(example.apps[0], name) == getattr(default, name), name
+
+
+def load_text(text: str, folder: Path) -> NodeConfig:
+    """What a config.toml of this text would come to in `folder`, where no file is written."""
+    source = config_module.Source(str(folder / "config.toml"), text, tomli.loads(text))
+    assert source.document is not None
+    return config_module._ConfigReader(source, source.document, NOBODY).read()
+
+
+# --- whatever comes
+
+_names = st.sampled_from(
+    [*config_module._SECTIONS, *config_module._APP_KEYS, "80", "443", "admin", "id", "address", "web", "issuer",
+     "region", "domain", "data_dir", "workers", "access", "urls", "name"]
+)  # fmt: skip
+_scalars = st.one_of(
+    st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(),
+    st.sampled_from(["127.0.0.1:80", "shop/fly.toml", "static", "process", "a.b", "1m", "x y", "\0", "é", "/", "~"]),
+)  # fmt: skip
+_values = st.recursive(
+    _scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_names, inner, max_size=6), max_leaves=25
+)
+
+
+@given(st.dictionaries(_names, _values, max_size=6))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_document_makes_loading_raise(document: dict[str, Any]) -> None:
+    source = config_module.Source("/nowhere/config.toml", "", document)
+    config_module._ConfigReader(source, document, NOBODY).read()
+    for fault in source.placed():
+        assert fault.expectation
+        assert str(fault).isprintable()
