@@ -1,0 +1,510 @@
+"""The admin API: Fly's Machines endpoints for what this node has, and a few of our own. See docs/admin-api.md.
+
+Guarded in this order: the Host header must be ours (a page in a browser that rebinds a name has another), a foreign
+Origin is refused, and all but `/healthz` and, on loopback, `/metrics` need the bearer token. No cookies, no CORS.
+Handlers only ask and tell; what is done is Fleet's, Apps' and the node's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import signal as signals
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from proxy.clock import Clock
+from proxy.control.apps import Apps, Entry
+from proxy.control.machines import Fleet, Owned, Refused, WakeResult
+from proxy.control.store import Event, Store
+from proxy.errors import Code
+from proxy.machines.logs import Follower, LogLine, log_files, tail
+from proxy.metrics import Metrics
+from proxy.wire.fly_toml import MAX_KILL_TIMEOUT_S
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 * 1024
+_LONGEST_WAIT_S = 60.0
+_FOLLOW_PAUSE_S = 0.1
+_MOST_LINES = 10_000
+_SIGNALS = (
+    "SIGABRT", "SIGALRM", "SIGFPE", "SIGHUP", "SIGILL", "SIGINT", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGSEGV",
+    "SIGTERM", "SIGTRAP", "SIGUSR1", "SIGUSR2",
+)  # fmt: skip
+_WAIT_STATES = frozenset({"started", "stopped", "suspended", "destroyed", "failed", "settled", "created"})
+_SETTLED = ("created", "started", "stopped", "suspended", "failed")
+
+Json = dict[str, Any]  # Any: JSON
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Node(Protocol):
+    """What of the node is told, and what it can be told (server.py)."""
+
+    is_ready: bool
+
+    def status(self) -> Json: ...
+
+    async def reload(self) -> tuple[bool, Json]:
+        """Whether it was done, and what changed or which faults there are."""
+
+    def ca_pem(self) -> bytes | None: ...
+
+
+class ApiError(Exception):
+    """An answer in Fly's form: `{"error": text, "status": code}`."""
+
+    def __init__(self, status: int, code: str, text: str, **more: Any) -> None:  # Any: JSON
+        super().__init__(text)
+        self.status = status
+        self.body = {"error": text, "status": code, **more}
+
+
+class Api:
+    """The server. `start` it, `close` it."""
+
+    def __init__(
+        self, node: Node, apps: Apps, fleet: Fleet, store: Store, metrics: Metrics, clock: Clock, data_dir: str
+    ) -> None:
+        self._node = node
+        self._apps = apps
+        self._fleet = fleet
+        self._store = store
+        self._metrics = metrics
+        self._clock = clock
+        self._data_dir = data_dir
+        self._token = load_or_make_token(os.path.join(data_dir, "admin.token"))
+        self._runner: web.AppRunner | None = None
+        self._hosts: frozenset[str] = frozenset()
+        self.address: tuple[str, int] | None = None
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen. Raises OSError if the address cannot be bound."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.setblocking(False)
+            self.address = (host, listener.getsockname()[1])
+            self._hosts = _allowed_hosts(*self.address)
+            self._runner = web.AppRunner(
+                self._application(), access_log=None, handle_signals=False, shutdown_timeout=1.0
+            )
+            await self._runner.setup()
+            await web.SockSite(self._runner, listener, backlog=64).start()
+        except BaseException:
+            listener.close()
+            raise
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def _application(self) -> web.Application:
+        app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
+        machines = "/v1/apps/{app}/machines"
+        one = machines + "/{id}"
+        app.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/metrics", self._get_metrics),
+                web.get("/v1/status", self._status),
+                web.post("/v1/reload", self._reload),
+                web.get("/v1/certs/ca", self._ca),
+                web.get("/v1/apps", self._list_apps),
+                web.get("/v1/apps/{app}", self._get_app),
+                web.get("/v1/apps/{app}/logs", self._logs),
+                web.get(machines, self._list_machines),
+                web.get(one, self._get_machine),
+                web.post(one + "/start", self._start),
+                web.post(one + "/stop", self._stop),
+                web.post(one + "/suspend", self._suspend),
+                web.post(one + "/restart", self._restart),
+                web.post(one + "/signal", self._signal),
+                web.get(one + "/wait", self._wait),
+                web.get(one + "/events", self._events),
+                web.get(one + "/wakes", self._wakes),
+            ]
+        )
+        return app
+
+    # --- who may ask
+
+    @functools.cached_property
+    def _guard(self) -> Any:  # Any: aiohttp's middleware type is private
+        @web.middleware
+        async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+            try:
+                self._check(request)
+                return await handler(request)
+            except ApiError as error:
+                return _json(error.body, error.status)
+            except Refused as error:
+                return _json({"error": str(error), "status": "failed_precondition"}, 412)
+            except web.HTTPRequestEntityTooLarge:
+                return _json(
+                    {"error": f"a body of more than {MAX_BODY_BYTES} bytes", "status": "invalid_argument"}, 413
+                )
+            except web.HTTPException as error:
+                code = "not_found" if error.status == 404 else "unknown"
+                return _json({"error": error.reason.lower(), "status": code}, error.status)
+            except (ConnectionError, asyncio.CancelledError):
+                raise
+            except Exception:
+                log.exception("%s %s failed", request.method, request.path)
+                return _json({"error": "internal error: see the log of control", "status": "internal"}, 500)
+
+        return guard
+
+    def _check(self, request: web.Request) -> None:
+        if request.headers.get("Host", "").lower() not in self._hosts:
+            raise ApiError(403, "unauthorized", "the Host header is not this node's admin address")
+        origin = request.headers.get("Origin")
+        if origin is not None and origin.partition("://")[2].lower() not in self._hosts:
+            raise ApiError(403, "unauthorized", "requests from other origins are not taken")
+        if request.path == "/healthz" or (request.path == "/metrics" and _is_loopback(request.remote)):
+            return
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        given = token.strip().encode() if scheme.lower() == "bearer" else b""
+        if not hmac.compare_digest(given, self._token.encode()):
+            raise ApiError(
+                401, "unauthenticated", "a bearer token is needed: it is in admin.token of the node's data_dir"
+            )
+
+    # --- the node
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        if self._node.is_ready:
+            return web.Response(text="ok\n")
+        return web.Response(status=503, text="not ready\n")
+
+    async def _get_metrics(self, request: web.Request) -> web.Response:
+        text = await asyncio.to_thread(self._metrics.render)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _status(self, request: web.Request) -> web.Response:
+        return _json(self._node.status())
+
+    async def _reload(self, request: web.Request) -> web.Response:
+        done, answer = await self._node.reload()
+        return _json(answer, 200 if done else 422)
+
+    async def _ca(self, request: web.Request) -> web.Response:
+        pem = self._node.ca_pem()
+        if pem is None:
+            raise ApiError(404, "not_found", "this node has no internal CA yet")
+        return web.Response(body=pem, content_type="application/x-pem-file")
+
+    # --- apps
+
+    async def _list_apps(self, request: web.Request) -> web.Response:
+        apps = [_app_json(entry) for entry in self._apps.all()]
+        return _json({"total_apps": len(apps), "apps": apps})
+
+    async def _get_app(self, request: web.Request) -> web.Response:
+        return _json(_app_json(self._entry(request)))
+
+    async def _logs(self, request: web.Request) -> web.StreamResponse:
+        """The last lines of all the app's machines, then, if asked, what is added: one line of text each."""
+        entry = self._entry(request)
+        name = entry.plan.name
+        lines = _number(request, "lines", 100, 0, _MOST_LINES)
+        follow = request.query.get("follow", "0").lower() in ("1", "true", "yes")
+        files = await asyncio.to_thread(log_files, self._data_dir, name)
+        follower = Follower(files) if follow else None
+        response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
+        await response.prepare(request)
+        await response.write(_text(await asyncio.to_thread(tail, files, int(lines))))
+        while follower is not None:
+            await self._clock.sleep(_FOLLOW_PAUSE_S)
+            files = await asyncio.to_thread(log_files, self._data_dir, name)
+            news = await asyncio.to_thread(follower.read, files)
+            if request.transport is None or request.transport.is_closing():
+                break
+            if news:
+                await response.write(_text(news))
+        await response.write_eof()
+        return response
+
+    # --- machines
+
+    async def _list_machines(self, request: web.Request) -> web.Response:
+        entry = self._entry(request)
+        states = {state for text in request.query.getall("state", []) for state in text.split(",") if state}
+        region = request.query.get("region")
+        wanted = [
+            machine
+            for machine in entry.machines
+            if (not states or machine.row.state in states) and region in (None, machine.region)
+        ]
+        return _json([self._machine_json(machine) for machine in wanted])
+
+    async def _get_machine(self, request: web.Request) -> web.Response:
+        machine = self._machine(request)
+        return _json(self._machine_json(machine, self._store.events(machine.id)))
+
+    async def _start(self, request: web.Request) -> web.Response:
+        machine = self._machine(request)
+        previous = machine.row.state
+        if machine.is_static:
+            return _json({"previous_state": previous, "migrated": False, "new_host": ""})
+        _raise_if_failed(await asyncio.shield(self._fleet.wake(machine.id, "user")))
+        return _json({"previous_state": previous, "migrated": False, "new_host": ""})
+
+    async def _stop(self, request: web.Request) -> web.Response:
+        machine = self._machine(request)
+        body = await _body(request)
+        signal = _signal_number(body["signal"]) if body.get("signal") else None
+        self._fleet.stop(machine, "user", signal, _duration_s(body.get("timeout")))
+        return _json({"ok": True})
+
+    async def _suspend(self, request: web.Request) -> web.Response:
+        self._fleet.suspend(self._machine(request), "user")
+        return _json({"ok": True})
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        machine = self._machine(request)
+        query = request.query
+        signal = _signal_number(query["signal"]) if query.get("signal") else None
+        if query.get("force_stop", "").lower() in ("1", "true"):
+            signal = int(signals.SIGKILL)
+        if (end := self._fleet.stop(machine, "user", signal, _duration_s(query.get("timeout")))) is not None:
+            await asyncio.wait({end})
+        _raise_if_failed(await asyncio.shield(self._fleet.wake(machine.id, "user")))
+        return _json({"ok": True})
+
+    async def _signal(self, request: web.Request) -> web.Response:
+        machine = self._machine(request)
+        self._fleet.send_signal(machine, _signal_number((await _body(request, required=True)).get("signal")))
+        return _json({"ok": True})
+
+    async def _wait(self, request: web.Request) -> web.Response:
+        machine = self._machine(request)
+        states = [state for text in request.query.getall("state", ["started"]) for state in text.split(",") if state]
+        if unknown := [state for state in states if state not in _WAIT_STATES]:
+            raise ApiError(400, "invalid_argument", f"state {unknown[0]!r} is none that can be waited for")
+        wanted = [one for state in states for one in (_SETTLED if state == "settled" else (state,))]
+        version = request.query.get("version") or request.query.get("instance_id")
+        if version and version != machine.row.instance_id:
+            raise ApiError(400, "invalid_argument", f"the machine's version is {machine.row.instance_id}")
+        timeout_s = _number(request, "timeout", _LONGEST_WAIT_S, 0, _LONGEST_WAIT_S)
+        if not await self._fleet.wait_for(machine, wanted, timeout_s):
+            raise ApiError(408, "deadline_exceeded", f"the machine is {machine.row.state}, not {' or '.join(states)}")
+        newest = self._store.events(machine.id, 1)
+        return _json(
+            {
+                "ok": True, "state": machine.row.state, "version": machine.row.instance_id,
+                "event_id": newest[0].id if newest else "",
+            }
+        )  # fmt: skip
+
+    async def _events(self, request: web.Request) -> web.Response:
+        limit = int(_number(request, "limit", 20, 1, 50))
+        return _json([_event_json(event) for event in self._store.events(self._machine(request).id, limit)])
+
+    async def _wakes(self, request: web.Request) -> web.Response:
+        machine = self._machine(request)
+        if machine.last_wake is None:
+            raise ApiError(404, "not_found", f"machine {machine.id} was not woken since control began")
+        return _json(machine.last_wake.as_ms())
+
+    # --- finding and showing
+
+    def _entry(self, request: web.Request) -> Entry:
+        name = request.match_info["app"]
+        entry = self._apps.get(name)
+        if entry is None:
+            raise ApiError(404, "not_found", f"app {name} not found")
+        return entry
+
+    def _machine(self, request: web.Request) -> Owned:
+        wanted = request.match_info["id"]
+        for machine in self._entry(request).machines:
+            if machine.id == wanted:
+                return machine
+        raise ApiError(404, "not_found", f"machine {wanted} not found")
+
+    def _machine_json(self, machine: Owned, events: Iterable[Event] = ()) -> Json:
+        row, app = machine.row, machine.app
+        services = [
+            {
+                "protocol": service.protocol, "internal_port": service.internal_port,
+                "autostop": service.autostop.value, "autostart": service.autostart,
+                "min_machines_running": service.min_machines_running,
+                "ports": [{"start_port": port.start, "end_port": port.end} for port in service.ports],
+                "concurrency": {
+                    "type": service.concurrency_type.value, "soft_limit": service.soft_limit,
+                    "hard_limit": service.hard_limit,
+                },
+            }
+            for service in app.services_of(row.group)
+        ]  # fmt: skip
+        stats = machine.driver.stats(machine.id) if machine.running is not None else None
+        return {
+            "id": machine.id, "name": f"{app.name}-{row.group}-{row.index}", "state": row.state,
+            "region": machine.region, "instance_id": row.instance_id, "private_ip": "127.0.0.1",
+            "created_at": _iso(row.created_at), "updated_at": _iso(row.updated_at),
+            "image_ref": {"registry": "local", "repository": app.name, "tag": "", "digest": row.digest},
+            "config": {
+                "init": {"cmd": list(machine.spec.command)},
+                "env": dict(app.env), "services": services, "metadata": {"fly_process_group": row.group},
+                "restart": {"policy": machine.group.restart.value, "max_retries": machine.group.restart_retries},
+                "mounts": [{"name": one.name, "path": one.destination} for one in machine.group.mounts],
+                "guest": {"memory_mb": machine.group.memory_mb},
+                "stop_config": {"signal": app.kill_signal, "timeout": f"{app.kill_timeout_s:g}s"},
+            },
+            "events": [_event_json(event) for event in events], "checks": [], "host_status": "ok", "cordoned": False,
+            # ours
+            "group": row.group, "driver": app.driver, "version": row.version, "pid": row.pid,
+            "endpoints": [
+                {"internal_port": one.internal_port, "host": one.host, "port": one.port}
+                for one in machine.spec.endpoints
+            ],
+            "hold_reason": row.hold_reason if self._is_held(machine) else None,
+            "hold_until": row.hold_until if self._is_held(machine) else None,
+            "failures": row.failures, "restart_count": row.restart_count, "note": machine.note,
+            "exit_code": row.exit_code, "exit_signal": row.exit_signal,
+            "rss_bytes": stats.rss_bytes if stats else None, "cpu_s": stats.cpu_s if stats else None,
+        }  # fmt: skip
+
+    def _is_held(self, machine: Owned) -> bool:
+        return machine.row.hold_until > self._clock.unix()
+
+
+def load_or_make_token(path: str) -> str:
+    """The admin token, made on first use. Raises OSError."""
+    try:
+        with open(path, encoding="ascii") as file:
+            if token := file.read().strip():
+                return token
+    except FileNotFoundError:
+        pass
+    token = secrets.token_urlsafe(32)
+    descriptor = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(token + "\n")
+    os.replace(path + ".new", path)
+    return token
+
+
+def _app_json(entry: Entry) -> Json:
+    plan = entry.plan
+    states: dict[str, int] = {}
+    for machine in entry.machines:
+        states[machine.row.state] = states.get(machine.row.state, 0) + 1
+    return {
+        "id": plan.name, "name": plan.name, "machine_count": len(entry.machines),
+        "volume_count": sum(len(machine.group.mounts) for machine in entry.machines), "network": "default",
+        "status": "deployed" if entry.machines else "pending",
+        "organization": {"name": "local", "slug": "local"},
+        "hostnames": list(plan.hostnames), "driver": plan.driver, "states": states,
+        "primary_region": plan.primary_region, "wake_on": plan.wake_on.value,
+    }  # fmt: skip
+
+
+def _event_json(event: Event) -> Json:
+    shown: Json = {
+        "id": event.id, "type": event.type, "status": event.status, "source": event.source,
+        "timestamp": event.timestamp,
+    }  # fmt: skip
+    if event.request is not None:
+        shown["request"] = event.request
+    return shown
+
+
+def _raise_if_failed(result: WakeResult) -> None:
+    if result.code is None:
+        return
+    status = {Code.WAKE_TIMEOUT: 408, Code.START_CANCELLED: 409, Code.NOT_STARTABLE: 412}.get(result.code, 503)
+    text = f"the machine did not start: {result.detail}"
+    raise ApiError(status, result.code.name.lower(), text, wakefront_error=result.code.value)
+
+
+async def _body(request: web.Request, required: bool = False) -> Json:
+    raw = await request.read()
+    if not raw.strip():
+        if required:
+            raise ApiError(400, "invalid_argument", "EOF")
+        return {}
+    try:
+        body = json.loads(raw)
+    except ValueError as error:
+        raise ApiError(400, "invalid_argument", f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "invalid_argument", "the body is not a JSON object")
+    return body
+
+
+def _signal_number(name: object) -> int:
+    if isinstance(name, str) and name.upper() in _SIGNALS:
+        return int(getattr(signals, name.upper()))
+    raise ApiError(400, "invalid_argument", f"signal {name!r} is none of {', '.join(_SIGNALS)}")
+
+
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m)?")
+
+
+def _duration_s(value: object) -> float | None:
+    """`"10s"`, `"500ms"`, seconds as text, or an integer in nanoseconds, as Fly's API has it."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return min(max(0.0, value / 1e9), MAX_KILL_TIMEOUT_S)
+    if isinstance(value, str) and (match := _DURATION.fullmatch(value)):
+        factor = {"ms": 1e-3, "m": 60.0}.get(match[2], 1.0)
+        return min(float(match[1]) * factor, MAX_KILL_TIMEOUT_S)
+    raise ApiError(400, "invalid_argument", f"timeout {value!r} is no duration such as 10s")
+
+
+def _number(request: web.Request, name: str, default: float, low: float, high: float) -> float:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text.removesuffix("s"))
+    except ValueError:
+        raise ApiError(400, "invalid_argument", f"{name} {text!r} is no number") from None
+    if value != value:
+        raise ApiError(400, "invalid_argument", f"{name} {text!r} is no number")
+    return min(max(value, low), high)
+
+
+def _text(lines: Iterable[LogLine]) -> bytes:
+    return b"".join(line.machine.encode() + b" " + line.text + b"\n" for line in lines)
+
+
+def _iso(unix_s: float) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _json(body: Json | list[Any], status: int = 200) -> web.Response:
+    return web.json_response(body, status=status)
+
+
+def _allowed_hosts(host: str, port: int) -> frozenset[str]:
+    """What the Host header may be: the address as configured and, on loopback, its usual names."""
+    names = {f"[{host}]" if ":" in host else host}
+    if _is_loopback(host) or host in ("0.0.0.0", "::"):
+        names |= {"localhost", "127.0.0.1", "[::1]"}
+    return frozenset({f"{name}:{port}" for name in names} | ({*names} if port == 80 else set()))
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return host is not None and ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,312 @@
+"""Control's end of the links to workers: tables out, wakes in, and the soft-cordon handshake.
+
+A worker connects, says who it is, and gets settings and the whole table in slices; changes that come meanwhile are
+sent between the slices, which is right since each record is sent as it is at its turn. A worker that does not read is
+dropped: it connects afresh and gets the table anew. What messages mean is left to the ones plugged in as `Requests`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from proxy import ipc
+from proxy.clock import Clock, spawn
+from proxy.control.machines import Owned
+from proxy.model import App, AppName, Machine, MachineId
+from proxy.state import SharedMemory
+
+log = logging.getLogger(__name__)
+
+MAX_UNREAD_BYTES = 16 * 1024 * 1024
+CORDON_TIMEOUT_S = 2.0
+_SLICE = 64  # apps sent between two turns of the loop
+_SLICE_UNREAD_BYTES = 1024 * 1024
+_DEAD_AFTER_S = 10.0  # the supervisor has replaced, and cleared the cells of, a worker whose beat is older
+
+
+class Table(Protocol):
+    """Where the records are (apps.py)."""
+
+    def names(self) -> list[AppName]: ...
+
+    def frame(self, name: AppName) -> bytes | None:
+        """The AppSet frame of an app as it is now; None if it has gone."""
+
+
+class Requests(Protocol):
+    """Whoever answers workers (server.py)."""
+
+    def wake(self, link: Link, message: ipc.Wake) -> None: ...
+
+    def need_certificate(self, link: Link, name: str) -> None: ...
+
+    def passive_failure(self, message: ipc.PassiveFailure) -> None: ...
+
+
+@dataclass(slots=True)
+class _Cordon:
+    """One handshake: who has acknowledged, and the question for workers that connect meanwhile."""
+
+    sequence: int
+    frame: bytes
+    done: asyncio.Future[None]
+    acknowledged: set[int] = field(default_factory=set)
+
+
+class Hub:
+    """All links."""
+
+    def __init__(
+        self, listener: socket.socket, workers: int, memory: SharedMemory, clock: Clock, settings: ipc.Settings
+    ) -> None:
+        self._listener = listener
+        self._workers = workers
+        self._memory = memory
+        self._clock = clock
+        self.settings = settings
+        self._server: asyncio.Server | None = None
+        self._links: dict[int, Link] = {}
+        self._greeting: set[Link] = set()
+        self._cordons: dict[MachineId, _Cordon] = {}
+        self._sequence = 0
+        self.on_linked: Callable[[int], None] = lambda slot: None
+
+    async def start(self, table: Table, requests: Requests) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: Link(self, table, requests), sock=self._listener)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for link in [*self._links.values(), *self._greeting]:
+            link.drop("control ends")
+        if self._server is not None:
+            await self._server.wait_closed()
+
+    @property
+    def linked(self) -> dict[int, int]:
+        """Worker slot -> pid, of those that have a link."""
+        return {slot: link.pid for slot, link in sorted(self._links.items())}
+
+    # --- to all workers
+
+    def set_app(self, frame: bytes) -> None:
+        self._broadcast(frame)
+
+    def remove_app(self, name: AppName) -> None:
+        self._broadcast(ipc.encode(ipc.AppGone(name)))
+
+    def set_machine(self, app: AppName, machine: Machine) -> None:
+        if self._links:
+            self._broadcast(ipc.encode(ipc.MachineSet(app, machine)))
+
+    def set_settings(self, settings: ipc.Settings) -> None:
+        self.settings = settings
+        self._broadcast(ipc.encode(settings))
+
+    def tell_all(self, message: ipc.Message) -> None:
+        self._broadcast(ipc.encode(message))
+
+    def _broadcast(self, frame: bytes) -> None:
+        for link in list(self._links.values()):
+            link.send_frame(frame)
+
+    # --- soft cordon
+
+    async def cordon(self, machine: Owned) -> bool:
+        self._sequence += 1
+        frame = ipc.encode(ipc.CordonAsk(machine.app.name, machine.id, self._sequence))
+        cordon = _Cordon(self._sequence, frame, asyncio.get_running_loop().create_future())
+        self._cordons[machine.id] = cordon
+        self._broadcast(frame)
+        self._judge(cordon)
+        try:
+            async with asyncio.timeout(CORDON_TIMEOUT_S):
+                await cordon.done
+        except TimeoutError:
+            missing = sorted(set(range(self._workers)) - cordon.acknowledged)
+            log.warning("no acknowledgement of the cordon of %s from workers %s", machine.id, missing)
+            return False
+        return True
+
+    def lift(self, machine: Owned) -> None:
+        if self._cordons.pop(machine.id, None) is not None:
+            self._broadcast(ipc.encode(ipc.CordonLift(machine.app.name, machine.id)))
+
+    def _judge(self, cordon: _Cordon) -> None:
+        """Done when every slot has acknowledged over its present link, or has no process for certain."""
+        if cordon.done.done():
+            return
+        for slot in range(self._workers):
+            if slot not in cordon.acknowledged and not self._is_dead(slot):
+                return
+        cordon.done.set_result(None)
+
+    def _is_dead(self, slot: int) -> bool:
+        beat = self._memory.last_beat(1 + slot)
+        return slot not in self._links and self._clock.monotonic() - beat / 1e9 > _DEAD_AFTER_S
+
+    # --- called by links
+
+    def greeting(self, link: Link) -> None:
+        self._greeting.add(link)
+
+    def hello(self, link: Link) -> None:
+        self._greeting.discard(link)
+        if (old := self._links.get(link.slot)) is not None:
+            old.drop("the worker has connected afresh")
+        self._links[link.slot] = link
+
+    def loaded(self, link: Link) -> None:
+        """It has the table: from here its acknowledgements count."""
+        for cordon in self._cordons.values():
+            link.send_frame(cordon.frame)
+        self.on_linked(link.slot)
+
+    def lost(self, link: Link) -> None:
+        self._greeting.discard(link)
+        if self._links.get(link.slot) is link:
+            del self._links[link.slot]
+            for cordon in self._cordons.values():
+                cordon.acknowledged.discard(link.slot)
+
+    def acknowledged(self, link: Link, message: ipc.CordonAck) -> None:
+        cordon = self._cordons.get(message.machine)
+        if cordon is not None and cordon.sequence == message.sequence and self._links.get(link.slot) is link:
+            cordon.acknowledged.add(link.slot)
+            self._judge(cordon)
+
+    @property
+    def workers(self) -> int:
+        return self._workers
+
+
+class Link(asyncio.Protocol):
+    """One worker's connection."""
+
+    def __init__(self, hub: Hub, table: Table, requests: Requests) -> None:
+        self._hub = hub
+        self._table = table
+        self._requests = requests
+        self._frames = ipc.FrameReader()
+        self._transport: asyncio.Transport | None = None
+        self._room = asyncio.Event()
+        self._room.set()
+        self._loader: asyncio.Task[None] | None = None
+        self.awaited: set[MachineId] = set()  # wakes whose end this worker is to be told
+        self.slot = -1
+        self.pid = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._hub.greeting(self)
+        peer = transport.get_extra_info("socket")
+        _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid not in (os.geteuid(), 0):
+            self.drop(f"it belongs to user {uid}")
+            return
+        transport.set_write_buffer_limits(high=_SLICE_UNREAD_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for body in self._frames.feed(data):
+                self._hear(ipc.decode_to_control(body))
+        except (ValueError, msgspec.MsgspecError) as error:
+            self.drop(f"it sent what is no message: {error}")
+
+    def _hear(self, message: ipc.ToControl) -> None:
+        if self._transport is None:
+            return
+        if self.slot < 0:
+            if not isinstance(message, ipc.WorkerHello):
+                self.drop("it did not say who it is")
+                return
+            self._greet(message)
+            return
+        match message:
+            case ipc.Wake():
+                self._requests.wake(self, message)
+            case ipc.NeedCertificate(name):
+                self._requests.need_certificate(self, name)
+            case ipc.CordonAck():
+                self._hub.acknowledged(self, message)
+            case ipc.PassiveFailure():
+                self._requests.passive_failure(message)
+            case ipc.WorkerHello():
+                self.drop("it said twice who it is")
+
+    def _greet(self, hello: ipc.WorkerHello) -> None:
+        if abs(hello.protocol - ipc.PROTOCOL) > 1:
+            self.drop(f"it speaks protocol {hello.protocol}, we speak {ipc.PROTOCOL}")
+            return
+        if not 0 <= hello.slot < self._hub.workers:
+            self.drop(f"there is no worker slot {hello.slot}")
+            return
+        self.slot, self.pid = hello.slot, hello.pid
+        self._hub.hello(self)
+        self._loader = spawn(self._load(), f"table for worker {self.slot}")
+
+    async def _load(self) -> None:
+        names = self._table.names()
+        self.send(self._hub.settings)
+        self.send(ipc.TableStart(len(names)))
+        for start in range(0, len(names), _SLICE):
+            await self._room.wait()
+            if self._transport is None:
+                return
+            self.send_frames(self._table.frame(name) for name in names[start : start + _SLICE])
+            await asyncio.sleep(0)
+        self.send(ipc.TableEnd())
+        if self._transport is not None:
+            self._hub.loaded(self)
+
+    def send(self, message: ipc.Message) -> None:
+        self.send_frame(ipc.encode(message))
+
+    def send_frames(self, frames: Iterable[bytes | None]) -> None:
+        self.send_frame(b"".join(frame for frame in frames if frame is not None))
+
+    def send_frame(self, frame: bytes) -> None:
+        if self._transport is None or not frame:
+            return
+        self._transport.write(frame)
+        if (unread := self._transport.get_write_buffer_size()) > MAX_UNREAD_BYTES:
+            self.drop(f"it does not read: {unread} bytes wait")
+
+    def pause_writing(self) -> None:
+        self._room.clear()
+
+    def resume_writing(self) -> None:
+        self._room.set()
+
+    def drop(self, reason: str) -> None:
+        """Cut the link; the worker connects afresh."""
+        if self._transport is None:
+            return
+        log.info("link to worker %s (pid %s) is cut: %s", self.slot, self.pid, reason)
+        self._transport.abort()
+        self._gone()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._gone()
+
+    def _gone(self) -> None:
+        if self._transport is None:
+            return
+        self._transport = None
+        self._room.set()
+        self._hub.lost(self)
+
+
+def app_frame(app: App) -> bytes:
+    return ipc.encode(ipc.AppSet(app))

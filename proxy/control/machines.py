@@ -1,0 +1,768 @@
+"""The one owner of machine state on this node: starts, stops, suspends, and what follows from ends.
+
+Every change of state goes through `Fleet._change` and the table in lifecycle.py, gives the machine a higher version,
+is kept in the store and told to whoever publishes it. At most one flight (a start or resume) and one ending (a stop or
+suspend) is under way per machine:
+
+- a flight is shared by all who ask meanwhile; nobody's leaving ends it, only a stop does;
+- a wake that comes while the machine ends waits for the end and starts it again;
+- a machine is stopped for idleness only after every live worker has said that it sends nothing new (see Cordons).
+
+How machines are run is the driver's; which are idle, idle.py's; what they are, plan.py's and specs.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from proxy.clock import Clock, spawn
+from proxy.control.lifecycle import LIVE, Change, next_state
+from proxy.control.plan import AppPlan, GroupPlan
+from proxy.control.prober import SocketMaker, can_connect, wait_until_listening
+from proxy.control.specs import digest_of, with_version
+from proxy.control.store import Event, MachineRow, Store
+from proxy.control.ulid import new_ulid
+from proxy.decide.restart import hold_s, restart_pause_s
+from proxy.errors import Code
+from proxy.machines.driver import Driver, DriverError, Exit, MachineSpec, Running
+from proxy.model import Autostop, Endpoint, Machine, MachineId, MachineState, RegionCode
+from proxy.state import SharedMemory
+
+log = logging.getLogger(__name__)
+
+_VERSIONS_PER_EPOCH = 20  # bits
+_OTHER_PORTS_S = 2.0  # what the second and further ports of a machine get once the first one answers
+_DRAIN_POLL_S = 0.05
+_RECHECK_S = 1.0
+
+
+class Cordons(Protocol):
+    """How workers are made to send nothing new to a machine (link.py)."""
+
+    async def cordon(self, machine: Owned) -> bool:
+        """True once every live worker has acknowledged; False when that took too long."""
+
+    def lift(self, machine: Owned) -> None: ...
+
+
+class Refused(Exception):
+    """What was asked is not possible in the state the machine is in."""
+
+
+@dataclass(frozen=True, slots=True)
+class WakeResult:
+    """How a wake ended. `code` is None when the machine runs."""
+
+    version: int
+    code: Code | None = None
+    detail: str = ""
+    retry_after_s: int | None = None
+
+
+@dataclass(slots=True)
+class WakePhases:
+    """When each step of a wake was done: monotonic seconds, 0 for a step that was not come to."""
+
+    asked_at_unix: float
+    source: str
+    from_state: str
+    asked: float
+    journalled: float = 0.0
+    forked: float = 0.0
+    listening: float = 0.0
+    answered: float = 0.0
+    code: str | None = None
+
+    def as_ms(self) -> dict[str, Any]:  # Any: numbers and names, for JSON
+        def since(moment: float) -> float | None:
+            return round((moment - self.asked) * 1e3, 3) if moment else None
+
+        return {
+            "asked_at": self.asked_at_unix, "source": self.source, "from_state": self.from_state,
+            "asked": 0.0, "journalled": since(self.journalled), "forked": since(self.forked),
+            "listening": since(self.listening), "answered": since(self.answered), "code": self.code,
+        }  # fmt: skip
+
+
+class Flight:
+    """A start or resume under way."""
+
+    __slots__ = ("cut", "cut_by", "phases", "probe", "result")
+
+    def __init__(self, phases: WakePhases) -> None:
+        loop = asyncio.get_running_loop()
+        self.result: asyncio.Future[WakeResult] = loop.create_future()
+        self.cut: asyncio.Future[None] = loop.create_future()
+        self.cut_by = ""  # "stop" or "exit"
+        self.probe: asyncio.Task[bool] | None = None
+        self.phases = phases
+
+    def cut_short(self, by: str) -> None:
+        self.cut_by = self.cut_by or by
+        if not self.cut.done():
+            self.cut.set_result(None)
+        if self.probe is not None:
+            self.probe.cancel()
+
+
+@dataclass(slots=True, eq=False)
+class Owned:
+    """A machine of this node, with all that goes on around it."""
+
+    row: MachineRow
+    app: AppPlan
+    group: GroupPlan
+    spec: MachineSpec
+    driver: Driver
+    region: RegionCode
+    running: Running | None = None
+    next_spec: MachineSpec | None = None  # takes the place of `spec` at the next start
+    flight: Flight | None = None
+    ending: asyncio.Task[None] | None = None
+    restarting: asyncio.Task[None] | None = None
+    rechecking: asyncio.Task[None] | None = None
+    handshake: asyncio.Future[None] | None = None  # a soft-cordon under way; done = a wake has won over it
+    unreached: bool = False  # it is being stopped because it never listened
+    restarts: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    watchers: list[asyncio.Future[None]] = field(default_factory=list)
+    last_wake: WakePhases | None = None
+    last_pid: int | None = None
+    admitted: int = 0  # as last looked at by idle.py
+    idle_since: float = 0.0
+    note: str = ""  # what an operator should know
+
+    @property
+    def id(self) -> MachineId:
+        return MachineId(self.row.id)
+
+    @property
+    def state(self) -> MachineState:
+        return MachineState(self.row.state)
+
+    @property
+    def is_static(self) -> bool:
+        return self.app.driver == "static"
+
+    def record(self) -> Machine:
+        """As workers get it."""
+        row = self.row
+        return Machine(
+            id=self.id, region=self.region, group=row.group, state=self.state, version=row.version, slot=row.slot,
+            endpoints=self.spec.endpoints, netns_pid=self.running.netns_pid if self.running else 0,
+            hold_reason=row.hold_reason, hold_until=row.hold_until,
+        )  # fmt: skip
+
+
+class Fleet:
+    """All machines of this node."""
+
+    def __init__(
+        self, drivers: Mapping[str, Driver], store: Store, memory: SharedMemory, clock: Clock, cordons: Cordons,
+        make_socket: SocketMaker, epoch: int,
+    ) -> None:  # fmt: skip
+        self._drivers = drivers
+        self._store = store
+        self._memory = memory
+        self._clock = clock
+        self._cordons = cordons
+        self._make_socket = make_socket
+        self._epoch = epoch << _VERSIONS_PER_EPOCH
+        self._machines: dict[MachineId, Owned] = {}
+        self._ending_all = False
+        self.on_change: Callable[[Owned], None] = lambda machine: None
+        self.on_wake: Callable[[Owned, WakeResult], None] = lambda machine, result: None
+        for driver in drivers.values():
+            driver.set_on_exit(self._on_exit)
+
+    # --- what there is
+
+    def get(self, machine: MachineId) -> Owned | None:
+        return self._machines.get(machine)
+
+    def all(self) -> list[Owned]:
+        return list(self._machines.values())
+
+    def driver(self, name: str) -> Driver:
+        return self._drivers[name]
+
+    def add(self, machine: Owned) -> None:
+        """Own a machine: known to be stopped, or about to be adopted. Versions go on above all earlier ones."""
+        self._machines[machine.id] = machine
+        machine.row.version = self._next_version(machine.row.version)
+        machine.idle_since = self._clock.monotonic()
+        if machine.is_static:
+            machine.row.state = MachineState.STARTED
+        if not machine.row.instance_id:
+            self._new_instance(machine)
+        self._store.save_later(machine.row)
+
+    def adopt(self, machine: Owned, found: Running | None) -> None:
+        """Find a machine that an earlier control may have started; `found` is what runs under its id, if anything."""
+        row = machine.row
+        kept = Running(row.pid, row.start_ticks, row.netns_pid) if row.pid else None
+        if machine.is_static or (machine.state not in LIVE and found is None):
+            return
+        running = machine.driver.adopt(machine.spec, kept) if kept is not None else None
+        if running is None and found is not None:
+            running = machine.driver.adopt(machine.spec, None)
+        if running is None:
+            self._lost(machine)
+            return
+        machine.running = running
+        row.pid, row.start_ticks, row.netns_pid = running.pid, running.start_ticks, running.netns_pid
+        self._store.save_later(row)
+        self._go_on(machine)
+
+    def _go_on(self, machine: Owned) -> None:
+        """Finish what the control before was in the middle of."""
+        match machine.state:
+            case MachineState.STARTED | MachineState.SUSPENDED:
+                return
+            case MachineState.STOPPING:
+                machine.ending = spawn(self._stop_steps(machine, None, None, None, None), f"stop {machine.id}")
+            case MachineState.SUSPENDING:
+                machine.ending = spawn(self._suspend_steps(machine, False), f"suspend {machine.id}")
+            case _:
+                if machine.state is not MachineState.STARTING:
+                    self._change(machine, Change.START)
+                self._launch_flight(machine, "flyd")
+
+    def _lost(self, machine: Owned) -> None:
+        """It ended while nobody watched: exit unknown, unless the supervisor still tells."""
+        was = machine.state
+        machine.last_pid = machine.row.pid
+        self._record_exit(machine, Exit(), requested=was is MachineState.STOPPING)
+        self._change(machine, Change.EXITED, at_once=True)
+        if was is MachineState.STARTED:
+            self._after_exit(machine, Exit())
+
+    def exited_elsewhere(self, pid: int, end: Exit) -> None:
+        """The supervisor saw an orphan end. On return it is on record, or it was no machine of ours."""
+        for driver in self._drivers.values():
+            if driver.exited_elsewhere(pid, end):
+                return
+        for machine in self._machines.values():
+            row = machine.row
+            if machine.last_pid == pid and row.exit_code is None and row.exit_signal is None:
+                row.exit_code, row.exit_signal, row.oom_killed = end.code, end.signal, end.oom_killed
+                machine.last_pid = None
+                self._store.save(row)
+                return
+
+    # --- wake
+
+    def wake(self, machine_id: MachineId, source: str = "proxy") -> asyncio.Future[WakeResult]:
+        """Start or resume a machine, or join the start under way. The future is shared: await it through shield."""
+        machine = self._machines.get(machine_id)
+        if machine is None:
+            return _done(WakeResult(0, Code.MACHINE_GONE, f"there is no machine {machine_id} here"))
+        if machine.handshake is not None and not machine.handshake.done():
+            machine.handshake.set_result(None)
+        if machine.flight is not None:
+            return machine.flight.result
+        if machine.state is MachineState.STARTED and machine.ending is None:
+            return _done(WakeResult(machine.row.version))
+        if (refusal := self._refusal(machine, source)) is not None:
+            return _done(refusal)
+        return self._launch_flight(machine, source).result
+
+    def _refusal(self, machine: Owned, source: str) -> WakeResult | None:
+        version, row = machine.row.version, machine.row
+        if self._ending_all:
+            return WakeResult(version, Code.START_CANCELLED, "the node is shutting down")
+        if source != "proxy":
+            return None
+        services = machine.app.services_of(row.group)
+        if not any(service.autostart for service in services):
+            return WakeResult(version, Code.NOT_STARTABLE, "auto_start_machines is off")
+        left = row.hold_until - self._clock.unix()
+        if left > 0 and machine.state.is_startable:
+            return WakeResult(version, Code.WAKE_HELD, row.hold_reason or "", max(1, round(left)))
+        return None
+
+    def _launch_flight(self, machine: Owned, source: str) -> Flight:
+        now = self._clock.monotonic()
+        flight = Flight(WakePhases(self._clock.unix(), source, machine.row.state, now))
+        machine.flight = flight
+        machine.last_wake = flight.phases
+        if machine.restarting is not None and source != "flyd":
+            machine.restarting.cancel()
+            machine.restarting = None
+        spawn(self._fly(machine, flight), f"wake {machine.id}")
+        return flight
+
+    async def _fly(self, machine: Owned, flight: Flight) -> None:
+        result = WakeResult(machine.row.version, Code.START_CANCELLED, "control is ending")
+        try:
+            result = await self._bring_up(machine, flight)
+        except Exception as error:
+            log.exception("wake of %s failed in an unforeseen way", machine.id)
+            result = WakeResult(machine.row.version, Code.WAKE_INTERNAL, f"{type(error).__name__}: {error}")
+            if machine.state is MachineState.STARTING:
+                result = self._give_up(machine, Code.WAKE_INTERNAL, result.detail)
+        finally:
+            machine.flight = None
+            flight.phases.answered = self._clock.monotonic()
+            flight.phases.code = result.code.value if result.code else None
+            flight.result.set_result(result)
+            self.on_wake(machine, result)
+
+    async def _bring_up(self, machine: Owned, flight: Flight) -> WakeResult:
+        deadline = self._clock.monotonic() + machine.app.wake_timeout_s
+        while (ending := machine.ending) is not None and not flight.cut.done():
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
+                return WakeResult(machine.row.version, Code.WAKE_TIMEOUT, f"it was still {machine.state} in the end")
+            await asyncio.wait({ending, flight.cut}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if flight.cut.done():
+            return self._cancelled(machine)
+        if machine.state is MachineState.STARTED:
+            return WakeResult(machine.row.version)
+        if machine.state is MachineState.SUSPENDED:
+            failure = await self._resume(machine, flight)
+        elif machine.state is MachineState.STARTING:  # adopted in the middle of its start
+            failure = None
+        else:
+            failure = await self._start(machine, flight)
+        return failure or await self._reach(machine, flight, deadline)
+
+    async def _start(self, machine: Owned, flight: Flight) -> WakeResult | None:
+        row = machine.row
+        self._take_next_spec(machine)
+        row.stopped_by, row.pid = "", None
+        self._change(machine, Change.START, at_once=True)  # the journal: about to start
+        flight.phases.journalled = self._clock.monotonic()
+        self._event(machine, "start", "starting", flight.phases.source)
+
+        def on_forked(running: Running) -> None:
+            machine.running = running
+            machine.last_pid = None
+            row.pid, row.start_ticks, row.netns_pid = running.pid, running.start_ticks, running.netns_pid
+            flight.phases.forked = self._clock.monotonic()
+            self._store.save(row)
+
+        try:
+            await machine.driver.start(with_version(machine.spec, row.instance_id), on_forked)
+        except DriverError as error:
+            if machine.state is not MachineState.STARTING:  # it forked, and its end was reported
+                return self._failed(machine, Code.START_FAILED)
+            return self._give_up(machine, Code.START_FAILED, str(error))
+        return None
+
+    async def _resume(self, machine: Owned, flight: Flight) -> WakeResult | None:
+        self._change(machine, Change.START)
+        self._event(machine, "start", "starting", flight.phases.source)
+        try:
+            await machine.driver.resume(machine.id)
+        except DriverError as error:
+            if machine.state is not MachineState.STARTING:
+                return self._failed(machine, Code.START_FAILED)
+            return self._give_up(machine, Code.START_FAILED, str(error))
+        flight.phases.forked = self._clock.monotonic()
+        return None
+
+    async def _reach(self, machine: Owned, flight: Flight, deadline: float) -> WakeResult:
+        """Wait until it listens; the one prober of this machine."""
+        reached = False
+        if not flight.cut.done():
+            flight.probe = spawn(self._probe(machine, deadline), f"probe {machine.id}")
+            try:
+                reached = await flight.probe
+            except asyncio.CancelledError:
+                if not flight.cut_by:
+                    raise
+            finally:
+                flight.probe = None
+        if flight.cut_by == "stop":
+            return self._cancelled(machine)
+        if machine.state is not MachineState.STARTING:
+            return self._failed(machine, Code.START_FAILED)
+        if not reached:
+            waited = machine.app.wake_timeout_s
+            ports = ", ".join(str(endpoint.port) for endpoint in machine.spec.endpoints[:1])
+            return self._give_up(machine, Code.WAKE_TIMEOUT, f"nothing listened on port {ports} within {waited:g} s")
+        flight.phases.listening = self._clock.monotonic()
+        row = machine.row
+        row.failures, row.hold_until, row.hold_reason = 0, 0.0, None
+        machine.idle_since = self._clock.monotonic()
+        self._change(machine, Change.REACHED)
+        self._event(machine, "start", "started", "flyd")
+        return WakeResult(row.version)
+
+    async def _probe(self, machine: Owned, deadline: float) -> bool:
+        """The first port must answer by the deadline; the others get a moment more, and a note if they do not."""
+        endpoints = self._probed(machine)
+        netns_pid = machine.running.netns_pid if machine.running else 0
+        for place, endpoint in enumerate(endpoints):
+            limit = deadline if place == 0 else min(deadline, self._clock.monotonic() + _OTHER_PORTS_S)
+            if not await wait_until_listening(endpoint, netns_pid, limit, self._clock, self._make_socket):
+                if place == 0:
+                    return False
+                machine.note = f"port {endpoint.port} (internal_port {endpoint.internal_port}) does not listen"
+        return True
+
+    def _probed(self, machine: Owned) -> list[Endpoint]:
+        tcp = {one.internal_port for one in machine.app.services_of(machine.row.group) if one.protocol == "tcp"}
+        return [endpoint for endpoint in machine.spec.endpoints if endpoint.internal_port in tcp]
+
+    def _cancelled(self, machine: Owned) -> WakeResult:
+        return WakeResult(machine.row.version, Code.START_CANCELLED, "the machine was stopped while it started")
+
+    def _give_up(self, machine: Owned, code: Code, detail: str) -> WakeResult:
+        """A start came to nothing: hold further ones, and end what is there."""
+        self._count_failure(machine, detail)
+        if machine.running is None:
+            self._change(machine, Change.FAIL, at_once=True)
+        else:
+            machine.unreached = True
+            self._change(machine, Change.STOP, at_once=True)
+            machine.ending = spawn(self._stop_steps(machine, None, None, None, None), f"stop {machine.id}")
+        self._event(machine, "start", "failed", "flyd", {"reason": detail})
+        return self._failed(machine, code)
+
+    def _failed(self, machine: Owned, code: Code) -> WakeResult:
+        row = machine.row
+        left = max(1, round(row.hold_until - self._clock.unix())) if row.hold_until else None
+        return WakeResult(row.version, code, row.hold_reason or f"it is {machine.state}", left)
+
+    def _count_failure(self, machine: Owned, reason: str) -> None:
+        row = machine.row
+        row.failures += 1
+        row.hold_until = self._clock.unix() + hold_s(row.failures)
+        row.hold_reason = reason
+
+    # --- ends
+
+    def _on_exit(self, machine: MachineId, running: Running, end: Exit) -> None:
+        """A driver saw a machine end. It is on record before it is reaped."""
+        owned = self._machines.get(machine)
+        if owned is None or (owned.running is not None and owned.running != running):
+            log.warning("an end of machine %s (pid %d) that nobody waits for", machine, running.pid)
+            if owned is None:
+                for driver in self._drivers.values():
+                    driver.forget(machine)
+            return
+        was, flight = owned.state, owned.flight
+        self._record_exit(owned, end, requested=was is MachineState.STOPPING)
+        owned.running = None
+        if was is MachineState.STARTING:
+            self._count_failure(owned, f"it ended before it listened: {_how(end)}")
+        self._change(owned, Change.FAIL if owned.unreached else Change.EXITED, at_once=True)
+        owned.unreached = False
+        owned.driver.forget(machine)
+        if was is MachineState.STARTING and flight is not None:
+            flight.cut_short("exit")
+        elif was is MachineState.STARTED and owned.ending is None:
+            self._after_exit(owned, end)
+
+    def _record_exit(self, machine: Owned, end: Exit, requested: bool) -> None:
+        row = machine.row
+        row.exit_code, row.exit_signal, row.oom_killed = end.code, end.signal, end.oom_killed
+        row.exit_at = self._clock.unix()
+        row.pid = None
+        exit_event = {
+            "requested_stop": requested, "restarting": False, "guest_exit_code": end.code, "guest_signal": end.signal,
+            "exit_code": end.code, "signal": end.signal, "oom_killed": end.oom_killed,
+            "exited_at": int(row.exit_at * 1000),
+        }  # fmt: skip
+        request = {"exit_event": exit_event, "restart_count": row.restart_count}
+        self._event(machine, "exit", "stopped", "flyd", request)
+
+    def _after_exit(self, machine: Owned, end: Exit) -> None:
+        """It ended by itself: the restart policy."""
+        if self._ending_all or machine.restarting is not None:
+            return
+        group, now = machine.group, self._clock.monotonic()
+        pause = restart_pause_s(group.restart, end.code, end.signal, machine.restarts, now, group.restart_retries)
+        if pause is None:
+            return
+        machine.restarts.append(now)
+        machine.row.restart_count += 1
+        machine.restarting = spawn(self._restart(machine, pause), f"restart {machine.id}")
+
+    async def _restart(self, machine: Owned, pause_s: float) -> None:
+        if pause_s:
+            await self._clock.sleep(pause_s)
+        machine.restarting = None
+        if machine.state.is_startable and machine.flight is None and not self._ending_all:
+            self._event(machine, "restart", "starting", "flyd", {"restart_count": machine.row.restart_count})
+            result = await asyncio.shield(self.wake(machine.id, "flyd"))
+            if result.code in (Code.START_FAILED, Code.WAKE_TIMEOUT):
+                self._after_exit(machine, Exit())
+
+    # --- stop, suspend
+
+    def stop(
+        self, machine: Owned, source: str, signal: int | None = None, timeout_s: float | None = None
+    ) -> asyncio.Task[None] | None:
+        """Begin a stop, or join the one under way. None: it does not run."""
+        self._refuse_static(machine)
+        if machine.restarting is not None:
+            machine.restarting.cancel()
+            machine.restarting = None
+        flight, previous = machine.flight, machine.ending
+        if flight is not None:
+            flight.cut_short("stop")
+        elif previous is not None and machine.state is MachineState.STOPPING:
+            machine.row.stopped_by = source
+            return previous
+        elif machine.state not in LIVE:
+            if machine.row.stopped_by != source:
+                machine.row.stopped_by = source
+                self._store.save_later(machine.row)
+            return None
+        machine.row.stopped_by = source
+        self._event(machine, "stop", "stopping", source)
+        if flight is None and previous is None and machine.state is not MachineState.STOPPING:
+            self._change(machine, Change.STOP)
+        steps = self._stop_steps(machine, previous, flight, signal, timeout_s)
+        machine.ending = spawn(steps, f"stop {machine.id}")
+        return machine.ending
+
+    async def _stop_steps(
+        self, machine: Owned, previous: asyncio.Task[None] | None, flight: Flight | None, signal: int | None,
+        timeout_s: float | None,
+    ) -> None:  # fmt: skip
+        spec = machine.spec
+        try:
+            if previous is not None:
+                await asyncio.wait({previous})
+            if flight is not None:
+                await asyncio.wait({flight.result})
+            if machine.state not in LIVE:
+                return
+            if machine.state is not MachineState.STOPPING:
+                self._change(machine, Change.STOP)
+            await machine.driver.stop(
+                machine.id, spec.kill_signal if signal is None else signal,
+                spec.kill_timeout_s if timeout_s is None else timeout_s,
+            )  # fmt: skip
+        except DriverError as error:
+            machine.note = f"could not be stopped: {error}"
+            log.error("machine %s of %s %s", machine.id, machine.app.name, machine.note)
+        else:
+            if machine.state is MachineState.STOPPING:  # the driver had nothing to stop
+                self._record_exit(machine, Exit(), requested=True)
+                machine.running = None
+                self._change(machine, Change.FAIL if machine.unreached else Change.EXITED, at_once=True)
+                machine.unreached = False
+        finally:
+            self._ended(machine)
+
+    def suspend(self, machine: Owned, source: str, or_stop: bool = False) -> asyncio.Task[None] | None:
+        """Begin to freeze a started machine. None: it is suspended. `or_stop`: where it can't be frozen, stop it.
+
+        Raises Refused in any other state.
+        """
+        self._refuse_static(machine)
+        if machine.state is MachineState.SUSPENDED and machine.flight is None and machine.ending is None:
+            return None
+        if machine.state is not MachineState.STARTED or machine.ending is not None or machine.flight is not None:
+            raise Refused(f"machine {machine.id} is {machine.state}; only a started one can be suspended")
+        if not machine.driver.can_suspend:
+            raise Refused(f"the {machine.driver.name} driver cannot suspend machines")
+        machine.row.stopped_by = source
+        self._event(machine, "suspend", "suspending", source)
+        self._change(machine, Change.SUSPEND)
+        machine.ending = spawn(self._suspend_steps(machine, or_stop), f"suspend {machine.id}")
+        return machine.ending
+
+    async def _suspend_steps(self, machine: Owned, or_stop: bool) -> None:
+        try:
+            await machine.driver.suspend(machine.id)
+            if machine.state is MachineState.SUSPENDING:
+                self._change(machine, Change.FROZEN)
+                self._event(machine, "suspend", "suspended", "flyd")
+        except DriverError as error:
+            machine.note = f"could not be suspended: {error}"
+            if machine.state is MachineState.SUSPENDING and or_stop:
+                self._change(machine, Change.STOP)
+                await self._stop_steps(machine, None, None, None, None)
+            elif machine.state is MachineState.SUSPENDING:
+                self._change(machine, Change.NOT_FROZEN)
+        finally:
+            self._ended(machine)
+
+    def _ended(self, machine: Owned) -> None:
+        if machine.ending is asyncio.current_task():
+            machine.ending = None
+            self._tell_watchers(machine)
+
+    async def end_if_unused(self, machine: Owned, mode: Autostop, drain_s: float = 0.0) -> bool:
+        """Stop or suspend a machine that nothing uses: the handshake. True if it began to end.
+
+        Soft-cordon → every live worker acknowledges → the counters are read again → only then the end; else the cordon
+        is lifted. With `drain_s` it is given that long to finish what it has. A wake that comes meanwhile wins.
+        """
+        if machine.handshake is not None or not self._is_steady(machine):
+            return False
+        won = machine.handshake = asyncio.get_running_loop().create_future()
+        try:
+            if not await self._cordons.cordon(machine):
+                return False
+            limit = self._clock.monotonic() + drain_s
+            while self._memory.in_flight(machine.row.slot) and self._clock.monotonic() < limit and not won.done():
+                await self._clock.sleep(_DRAIN_POLL_S)
+            if won.done() or not self._is_steady(machine) or self._memory.in_flight(machine.row.slot):
+                return False
+            if mode is Autostop.SUSPEND and machine.driver.can_suspend:
+                self.suspend(machine, "proxy", or_stop=True)
+            else:
+                self.stop(machine, "proxy")
+            return True
+        finally:
+            machine.handshake = None
+            self._cordons.lift(machine)  # after the new state, so that nothing is sent in between
+
+    def _is_steady(self, machine: Owned) -> bool:
+        return machine.state is MachineState.STARTED and machine.flight is None and machine.ending is None
+
+    async def stop_all(self) -> None:
+        """Stop every machine, at the same time. Nothing is started any more."""
+        self._ending_all = True
+        ends = [self.stop(machine, "flyd") for machine in self.all() if not machine.is_static]
+        if tasks := {end for end in ends if end is not None}:
+            await asyncio.wait(tasks)
+        for machine in self.all():
+            if machine.state in LIVE and not machine.is_static:
+                log.error("machine %s of %s still runs: %s", machine.id, machine.app.name, machine.note)
+
+    def halt(self) -> None:
+        """Control ends and leaves machines as they are: no more starts."""
+        self._ending_all = True
+        for machine in self.all():
+            if machine.restarting is not None:
+                machine.restarting.cancel()
+
+    async def remove(self, machine: Owned) -> None:
+        """Stop a machine and forget it: its app, or its place in it, is no longer configured."""
+        if not machine.is_static:
+            if (end := self.stop(machine, "flyd")) is not None:
+                await asyncio.wait({end})
+            if machine.flight is not None:
+                await asyncio.wait({machine.flight.result})
+            machine.driver.release(machine.id)
+            if machine.state not in LIVE:
+                self._change(machine, Change.DESTROY)
+        del self._machines[machine.id]
+        self._store.delete_machine(machine.id)
+
+    def send_signal(self, machine: Owned, number: int) -> None:
+        """Send a signal to the machine's first process. Raises Refused if it does not run."""
+        if machine.running is None or machine.state not in (MachineState.STARTED, MachineState.STARTING):
+            raise Refused(f"machine {machine.id} is {machine.state}; only a running one can be signalled")
+        try:
+            os.kill(machine.running.pid, number)  # not reaped before its end is on record: the pid is still its own
+        except (ProcessLookupError, PermissionError) as error:
+            raise Refused(f"machine {machine.id} cannot be signalled: {error.strerror}") from error
+
+    # --- what others saw
+
+    def heard_failure(self, machine_id: MachineId, version: int, code: str) -> None:
+        """A worker could not connect: look for ourselves, once at a time, if that was the machine as it is now."""
+        machine = self._machines.get(machine_id)
+        if machine is None or machine.rechecking is not None or version != machine.row.version:
+            return
+        if machine.is_static or not self._is_steady(machine):
+            return
+        machine.rechecking = spawn(self._recheck(machine, code), f"recheck {machine.id}")
+
+    async def _recheck(self, machine: Owned, code: str) -> None:
+        try:
+            endpoints = self._probed(machine)
+            netns_pid = machine.running.netns_pid if machine.running else 0
+            limit = self._clock.monotonic() + _RECHECK_S
+            for endpoint in endpoints:
+                listens = await wait_until_listening(endpoint, netns_pid, limit, self._clock, self._make_socket)
+                if not listens and self._is_steady(machine):
+                    machine.note = f"it runs, but port {endpoint.port} does not accept connections ({code})"
+                    log.warning("machine %s of %s: %s", machine.id, machine.app.name, machine.note)
+                    return
+            machine.note = ""
+        finally:
+            machine.rechecking = None
+
+    async def is_reachable(self, machine: Owned) -> bool:
+        netns_pid = machine.running.netns_pid if machine.running else 0
+        for endpoint in self._probed(machine):
+            if not await can_connect(endpoint, netns_pid, self._make_socket):
+                return False
+        return True
+
+    # --- waiting for a state
+
+    async def wait_for(self, machine: Owned, states: Iterable[str], timeout_s: float) -> bool:
+        """True once it is in one of the states and nothing is under way that leaves it at once."""
+        wanted = frozenset(states)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while machine.row.state not in wanted:
+                    watcher = asyncio.get_running_loop().create_future()
+                    machine.watchers.append(watcher)
+                    await watcher
+        except TimeoutError:
+            return False
+        return True
+
+    # --- the one place where state changes
+
+    def _change(self, machine: Owned, change: Change, at_once: bool = False) -> None:
+        row = machine.row
+        row.state = next_state(machine.state, change)
+        row.version = self._next_version(row.version)
+        row.updated_at = self._clock.unix()
+        if at_once:
+            self._store.save(row)
+        else:
+            self._store.save_later(row)
+        if change is Change.START:
+            machine.note = ""
+        self.on_change(machine)
+        self._tell_watchers(machine)
+
+    def _next_version(self, version: int) -> int:
+        return max(version + 1, self._epoch)
+
+    def _tell_watchers(self, machine: Owned) -> None:
+        watchers, machine.watchers = machine.watchers, []
+        for watcher in watchers:
+            if not watcher.done():
+                watcher.set_result(None)
+
+    def _take_next_spec(self, machine: Owned) -> None:
+        if machine.next_spec is not None:
+            machine.spec, machine.next_spec = machine.next_spec, None
+        if machine.row.digest != digest_of(machine.spec):
+            self._new_instance(machine)
+
+    def _new_instance(self, machine: Owned) -> None:
+        machine.row.digest = digest_of(machine.spec)
+        machine.row.instance_id = new_ulid(self._clock.unix())
+
+    def _refuse_static(self, machine: Owned) -> None:
+        if machine.is_static:
+            raise Refused(f"machine {machine.id} is static: it is not started or stopped from here")
+
+    def _event(
+        self, machine: Owned, kind: str, status: str, source: str, request: dict[str, Any] | None = None
+    ) -> None:
+        now = self._clock.unix()
+        self._store.add_event(machine.id, Event(new_ulid(now), kind, status, source, int(now * 1000), request))
+
+
+def _done(result: WakeResult) -> asyncio.Future[WakeResult]:
+    future: asyncio.Future[WakeResult] = asyncio.get_running_loop().create_future()
+    future.set_result(result)
+    return future
+
+
+def _how(end: Exit) -> str:
+    if end.signal is not None:
+        return f"killed by signal {end.signal}" + (" (out of memory)" if end.oom_killed else "")
+    return "exit code unknown" if end.code is None else f"exit code {end.code}"

@@ -1,0 +1,586 @@
+"""Composition root of the control process: what is made in which order, and how it ends.
+
+    start   heartbeat · config (or the last good plan) · store · drivers · table and adoption · links · certificates ·
+            admin API · "ready" to the supervisor
+    drain   no more starts · machines are stopped (or kept) · API, links, certificates, store
+
+A control may be killed at any of these points: machines outlive it, and the next one finds them. The supervisor's end
+is seen on the channel; then control leaves at once and machines run on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import json
+import logging
+import os
+import secrets
+import select
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import uvloop
+
+from certs import CertificateError
+from proxy import clock, config, ipc, namespace
+from proxy.control.api import Api
+from proxy.control.apps import Apps, Changes
+from proxy.control.domains import Domains
+from proxy.control.fine_timer import FineClock
+from proxy.control.idle import IdleWatch
+from proxy.control.link import Hub, Link
+from proxy.control.machines import Fleet, Owned, WakeResult
+from proxy.control.plan import NodePlan, keep_plan, kept_plan, plan_of
+from proxy.control.prober import plain_socket
+from proxy.control.store import Store
+from proxy.errors import Code
+from proxy.machines.driver import Driver, Exit
+from proxy.machines.process import ProcessDriver
+from proxy.machines.static import StaticDriver
+from proxy.metrics import AppCells, MachineFacts, Metrics, NodeFacts
+from proxy.model import MachineId, MachineState
+from proxy.process import ChildContext
+from proxy.state import SharedMemory
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+_FLUSH_S = 0.1
+_CHECKPOINT_S = 30.0
+_RETRY_S = 1.0
+_SWITCH_S = 0.0005  # a thread that reads or writes must not keep the loop, and with it a wake, waiting for 5 ms
+EXIT_NO_CONFIG = 1
+
+
+def run(ctx: ChildContext) -> int:
+    """The control process, from fork to exit status."""
+    begin_logging("control")
+    sys.setswitchinterval(_SWITCH_S)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(ctx))
+
+
+async def _serve(ctx: ChildContext) -> int:
+    memory = SharedMemory(ctx.shared_fd, ctx.plan.workers)
+    beat = clock.spawn(_beat(memory, ctx.index), "heartbeat")
+    try:
+        plan, faults = await _first_plan(ctx)
+        if plan is None:
+            return EXIT_NO_CONFIG
+        server = Server(ctx, memory, plan, faults)
+        try:
+            await server.start()
+            await server.ended.wait()
+        finally:
+            await server.close()
+        return 0
+    finally:
+        beat.cancel()
+
+
+async def _beat(memory: SharedMemory, index: int) -> None:
+    while True:
+        memory.beat(index, clock.monotonic_ns())
+        await asyncio.sleep(BEAT_S)
+
+
+async def _first_plan(ctx: ChildContext) -> tuple[NodePlan | None, list[str]]:
+    """The plan of config.toml; while that has faults, the last good one."""
+    result = await asyncio.to_thread(config.load, ctx.plan.config_path)
+    kept_path = _kept_path(ctx)
+    if result.config is not None:
+        plan = _identified(plan_of(result.config), ctx)
+        await asyncio.to_thread(keep_plan, kept_path, plan)
+        return plan, []
+    faults = [str(fault) for fault in result.errors]
+    for fault in faults:
+        log.error("%s", fault)
+    kept = await asyncio.to_thread(kept_plan, kept_path)
+    if kept is None:
+        log.error("%s has faults and there is no earlier plan to go by", ctx.plan.config_path)
+    else:
+        log.warning("%s has faults: going on with the last good one", ctx.plan.config_path)
+    return kept, faults
+
+
+def _kept_path(ctx: ChildContext) -> str:
+    return os.path.join(ctx.plan.run_dir, "plan.msgpack")
+
+
+def _identified(plan: NodePlan, ctx: ChildContext) -> NodePlan:
+    """With the identity that machine ids are derived from: made once per data_dir, whatever the node is called."""
+    path = os.path.join(ctx.plan.data_dir, "node.id")
+    try:
+        with open(path, encoding="ascii") as file:
+            identity = file.read().strip()
+    except FileNotFoundError:
+        identity = secrets.token_hex(8)
+        descriptor = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(identity + "\n")
+        os.replace(path + ".new", path)
+    return dataclasses.replace(plan, identity=identity, data_dir=ctx.plan.data_dir)
+
+
+class Server:
+    """Everything that control is made of."""
+
+    def __init__(self, ctx: ChildContext, memory: SharedMemory, plan: NodePlan, faults: list[str]) -> None:
+        assert ctx.control_listener is not None
+        self._ctx = ctx
+        self._memory = memory
+        self._clock = FineClock()
+        self._config_faults = faults
+        self._reload_warnings: list[str] = []
+        self._began = self._clock.unix()
+        self._worker_starts = 0
+        self._reloading = asyncio.Lock()
+        self._ending: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[Any]] = []  # Any: each ends with nothing
+        self._api_fault = ""
+        self._certificate_fault = ""
+        self.is_ready = False
+        self.ended = asyncio.Event()
+        self.store = Store(os.path.join(ctx.plan.data_dir, "wakefront.db"))
+        for fault in self.store.faults:
+            log.error("%s", fault)
+        self._drivers: dict[str, Driver] = {"process": ProcessDriver(ctx.plan.data_dir), "static": StaticDriver()}
+        self.hub = Hub(ctx.control_listener, ctx.plan.workers, memory, self._clock, plan.settings)
+        epoch = self.store.next_epoch(self._clock.unix())
+        self.fleet = Fleet(self._drivers, self.store, memory, self._clock, self.hub, _make_socket, epoch)
+        snapshot = os.path.join(ctx.plan.run_dir, "table.msgpack")
+        self.apps = Apps(self.store, self.fleet, self.hub, memory, self._clock, clock.new_random(), snapshot)
+        self.domains = Domains(ctx.plan.data_dir, ctx.plan.run_dir, self._clock)
+        self.metrics = Metrics(memory, self)
+        self.api = Api(self, self.apps, self.fleet, self.store, self.metrics, self._clock, ctx.plan.data_dir)
+        self.idle = IdleWatch(self.fleet, memory, self._clock, self.apps.pools, plan.region, self._autostop_interval_s)
+        self._plan = plan
+        self.fleet.on_wake = self._woke
+        self.hub.on_linked = self._linked
+        self.domains.on_renewed = self._renewed
+        self._channel = Channel(ctx, self._hear, self._supervisor_gone)
+
+    async def start(self) -> None:
+        await self.apps.load(self._plan, self._ctx.incarnation == 1)
+        await self.hub.start(self.apps, self)
+        self._spawn(self._keep_store(), "store")
+        self._spawn(self.apps.keep_snapshot(), "table snapshot")
+        self._spawn(self.idle.run(), "idle")
+        self._spawn(self._open_domains(), "open certificates")
+        await self._open_api()
+        self._channel.open()
+        self.is_ready = True
+        self._channel.send({"op": "ready"})
+        names = len(self.apps.names())
+        log.info("ready: %d apps, %d machines", names, len(self.fleet.all()))
+
+    def _spawn(self, coro: Any, name: str) -> None:  # Any: a coroutine of whatever result
+        self._tasks.append(clock.spawn(coro, name))
+
+    async def close(self) -> None:
+        self.is_ready = False
+        self._channel.close()
+        self.fleet.halt()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.api.close()
+        await self.hub.close()
+        await self.domains.close()
+        for driver in self._drivers.values():
+            await driver.close()
+        self.store.close()
+        self._clock.close()
+
+    # --- the supervisor
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        match message.get("op"):
+            case "reload":
+                clock.spawn(self._reload_by_signal(), "reload")
+            case "drain":
+                if self._ending is None:
+                    self._ending = clock.spawn(self._drain(), "drain")
+            case "exited":
+                pid = int(message["pid"])
+                self.fleet.exited_elsewhere(pid, Exit(message.get("code"), message.get("signal")))
+                self._channel.send({"op": "reap", "pid": pid})
+            case _:
+                pass  # of a newer supervisor
+
+    def _supervisor_gone(self) -> None:
+        log.error("the supervisor is gone: leaving, machines run on")
+        self.ended.set()
+
+    async def _drain(self) -> None:
+        self.is_ready = False
+        if self._plan.stop_machines_on_exit:
+            log.info("stopping machines")
+            await self.fleet.stop_all()
+        else:
+            self.fleet.halt()
+        self.ended.set()
+
+    # --- configuration
+
+    def _autostop_interval_s(self) -> float:
+        return self._plan.autostop_interval_s
+
+    async def _reload_by_signal(self) -> None:
+        done, answer = await self.reload()
+        if done:
+            log.info("reloaded: %s", json.dumps(answer))
+
+    async def reload(self) -> tuple[bool, dict[str, Any]]:
+        """Read config.toml again. A file with faults changes nothing."""
+        async with self._reloading:
+            result = await asyncio.to_thread(config.load, self._ctx.plan.config_path)
+            if result.config is None:
+                self._config_faults = [str(fault) for fault in result.errors]
+                for fault in self._config_faults:
+                    log.error("not reloaded: %s", fault)
+                faults = [
+                    {
+                        "file": one.file, "line": one.line, "key": one.key, "value": one.value,
+                        "expectation": one.expectation, "did_you_mean": one.did_you_mean, "text": str(one),
+                    }
+                    for one in result.errors
+                ]  # fmt: skip
+                return False, {"error": "the configuration has faults; nothing was changed", "faults": faults}
+            new = plan_of(result.config)
+            self._reload_warnings = self._fixed_differences(new, result.config)
+            old = self._plan
+            self._plan = dataclasses.replace(
+                new, identity=old.identity, name=old.name, region=old.region, data_dir=old.data_dir,
+                admin_host=old.admin_host, admin_port=old.admin_port,
+                settings=_with_identity(new.settings, old.settings),
+            )  # fmt: skip
+            changes = await self.apps.apply(self._plan)
+            self._config_faults = []
+            self.domains.set_names(self.apps.hostnames())
+            await asyncio.to_thread(keep_plan, _kept_path(self._ctx), self._plan)
+            warnings = self._reload_warnings + [str(one) for one in result.warnings]
+            return True, _changes_json(changes, warnings)
+
+    def _fixed_differences(self, new: NodePlan, loaded: config.NodeConfig) -> list[str]:
+        """What cannot change while the node runs."""
+        old, plan = self._plan, config.plan(loaded, self._ctx.plan.config_path)
+        differs = {
+            "[node] name": old.name != new.name,
+            "[node] region": old.region != new.region,
+            "[node] data_dir": self._ctx.plan.data_dir != plan.data_dir,
+            "[node] workers": self._ctx.plan.workers != plan.workers,
+            "[listen] admin": (old.admin_host, old.admin_port) != (new.admin_host, new.admin_port),
+            "[listen]": self._ctx.plan.listen != plan.listen,
+        }
+        return [f"{key} changes only when the service is restarted" for key, is_new in differs.items() if is_new]
+
+    # --- workers (link.Requests)
+
+    def wake(self, link: Link, message: ipc.Wake) -> None:
+        """Every link that asked is told once; a second question of the same worker waits for the same end."""
+        machine = self.fleet.get(message.machine)
+        if machine is None or machine.app.name != message.app:
+            detail = f"there is no machine {message.machine} of {message.app} here"
+            link.send(ipc.WakeDone(message.app, message.machine, 0, Code.MACHINE_GONE.value, detail))
+            return
+        result = self.fleet.wake(machine.id)
+        if result.done():
+            self._tell(link, machine, result)
+        elif machine.id not in link.awaited:
+            link.awaited.add(machine.id)
+            result.add_done_callback(functools.partial(self._tell, link, machine))
+
+    def _tell(self, link: Link, machine: Owned, future: asyncio.Future[WakeResult]) -> None:
+        link.awaited.discard(machine.id)
+        result = future.result()
+        app = machine.app.name
+        code = result.code.value if result.code else None
+        link.send_frame(
+            ipc.encode(ipc.MachineSet(app, machine.record()))
+            + ipc.encode(ipc.WakeDone(app, machine.id, result.version, code, result.detail, result.retry_after_s))
+        )
+
+    def need_certificate(self, link: Link, name: str) -> None:
+        clock.spawn(self._provide(link, name), f"certificate {name}")
+
+    async def _provide(self, link: Link, name: str) -> None:
+        link.send(ipc.CertificateReady(name, await self.domains.provide(name)))
+
+    def _renewed(self, name: str) -> None:
+        self.hub.tell_all(ipc.CertificateReady(name))
+
+    def passive_failure(self, message: ipc.PassiveFailure) -> None:
+        self.fleet.heard_failure(MachineId(message.machine), message.version, message.code)
+
+    def _linked(self, slot: int) -> None:
+        self._worker_starts += 1
+
+    # --- kept up in the background
+
+    async def _keep_store(self) -> None:
+        """Write what is queued, often; move the log into the database, seldom, in a thread."""
+        last = self._clock.monotonic()
+        told = len(self.store.faults)
+        while True:
+            await asyncio.sleep(_FLUSH_S)
+            self.store.flush()
+            for fault in self.store.faults[told:]:
+                log.error("%s", fault)
+            told = len(self.store.faults)
+            if self._clock.monotonic() - last >= _CHECKPOINT_S:
+                last = self._clock.monotonic()
+                await asyncio.to_thread(self.store.checkpoint)
+
+    async def _open_domains(self) -> None:
+        """Certificates may fail to open (a full disk): plain HTTP and wakes go on, and it is tried again."""
+        while True:
+            try:
+                await self.domains.open()
+                break
+            except (CertificateError, OSError) as error:
+                if self._certificate_fault != str(error):
+                    self._certificate_fault = str(error)
+                    log.error("no certificates: %s", error)
+                await asyncio.sleep(_RETRY_S)
+        self._certificate_fault = ""
+        self.domains.set_names(self.apps.hostnames())
+
+    async def _open_api(self) -> None:
+        """The admin address may still be held by a control that is ending."""
+        if not await self._try_open_api():
+            self._spawn(self._retry_api(), "open admin API")
+
+    async def _try_open_api(self) -> bool:
+        host, port = self._plan.admin_host, self._plan.admin_port
+        try:
+            await self.api.start(host, port)
+        except OSError as error:
+            fault = f"the admin API cannot listen on {host}:{port}: {error.strerror or error}"
+            if self._api_fault != fault:
+                self._api_fault = fault
+                log.error("%s", fault)
+            return False
+        self._api_fault = ""
+        assert self.api.address is not None
+        path = os.path.join(self._ctx.plan.run_dir, "admin")
+        text = "{}:{}\n".format(f"[{host}]" if ":" in host else host, self.api.address[1])
+        await asyncio.to_thread(_write_text, path, text)
+        return True
+
+    async def _retry_api(self) -> None:
+        while True:
+            await asyncio.sleep(_RETRY_S)
+            if await self._try_open_api():
+                return
+
+    # --- what is told
+
+    def _woke(self, machine: Owned, result: WakeResult) -> None:
+        phases = machine.last_wake
+        if phases is not None:
+            code = result.code.value if result.code else ""
+            self.metrics.saw_wake(machine.app.name, phases.from_state, code, phases.answered - phases.asked)
+        if result.code is not None and result.code is not Code.START_CANCELLED:
+            log.error("machine %s of %s did not start: %s", machine.id, machine.app.name, result.detail)
+
+    def facts(self) -> NodeFacts:
+        """Called in the scraper's thread: reads only what is replaced whole."""
+        now = self._clock.unix()
+        machines = []
+        for machine in self.fleet.all():
+            row = machine.row
+            machines.append(
+                MachineFacts(
+                    machine.app.name,
+                    row.id,
+                    row.slot,
+                    row.state == MachineState.STARTED,
+                    row.state,
+                    row.exit_code,
+                    row.oom_killed,
+                    row.restart_count,
+                    row.hold_until > now,
+                )
+            )
+        apps = [AppCells(entry.plan.name, entry.slot) for entry in self.apps.all()]
+        return NodeFacts(self._plan.region, self._plan.name, apps, machines, self._worker_starts)
+
+    def status(self) -> dict[str, Any]:
+        now = self._clock.unix()
+        linked = self.hub.linked
+        apps = []
+        for entry in self.apps.all():
+            machines = [
+                {
+                    "id": one.id, "state": one.row.state, "group": one.row.group, "note": one.note,
+                    "hold_reason": one.row.hold_reason if one.row.hold_until > now else None,
+                    "hold_until": one.row.hold_until if one.row.hold_until > now else None,
+                    "in_flight": self._memory.in_flight(one.row.slot),
+                }
+                for one in entry.machines
+            ]  # fmt: skip
+            apps.append(
+                {"id": entry.plan.name, "name": entry.plan.name, "hostnames": list(entry.plan.hostnames),
+                 "driver": entry.plan.driver, "machines": machines}
+            )  # fmt: skip
+        return {
+            "name": self._plan.name,
+            "region": self._plan.region,
+            "version": _version(),
+            "ready": self.is_ready,
+            "uptime_s": round(now - self._began, 3),
+            "control": {"pid": os.getpid(), "incarnation": self._ctx.incarnation},
+            "workers": [
+                {"id": slot, "slot": slot, "pid": linked.get(slot), "linked": slot in linked,
+                 "connections": self._memory.cells[self._memory.worker_base(slot)]}
+                for slot in range(self._ctx.plan.workers)
+            ],
+            "apps": apps,
+            "warnings": self._warnings(),
+        }  # fmt: skip
+
+    def _warnings(self) -> list[str]:
+        texts = [f"config.toml has faults, the last good one is in use: {one}" for one in self._config_faults]
+        texts += self._reload_warnings
+        texts += [fault for fault in (self._api_fault, self._certificate_fault) if fault]
+        texts += [f"no certificate for {name}: {why}" for name, why in self.domains.faults.items()]
+        texts += [f"{name}: {why}" for name, why in self.apps.warnings.items()]
+        return texts + self.store.faults
+
+    def ca_pem(self) -> bytes | None:
+        try:
+            return self.domains.ca_path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+class Channel:
+    """The supervisor's end is a SEQPACKET socket; one JSON object a datagram."""
+
+    def __init__(self, ctx: ChildContext, hear: Callable[[dict[str, Any]], None], gone: Callable[[], None]) -> None:
+        self._socket = ctx.channel
+        self._hear = hear
+        self._gone = gone
+        self._waiting: list[bytes] = []
+
+    def open(self) -> None:
+        if self._socket is not None:
+            self._socket.setblocking(False)
+            asyncio.get_running_loop().add_reader(self._socket, self._read)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._socket)
+            loop.remove_writer(self._socket)
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._waiting.append(json.dumps(message).encode())
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._socket is None:
+            self._waiting.clear()
+            return
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            try:
+                self._socket.send(self._waiting[0])
+            except BlockingIOError:
+                loop.add_writer(self._socket, self._flush)
+                return
+            except OSError:  # it has gone: the reader tells
+                self._waiting.clear()
+                break
+            del self._waiting[0]
+        loop.remove_writer(self._socket)
+
+    def _read(self) -> None:
+        assert self._socket is not None
+        for _ in range(64):
+            try:
+                datagram = self._socket.recv(65_536)
+            except BlockingIOError:
+                return
+            except OSError:
+                datagram = b""
+            if not datagram:
+                asyncio.get_running_loop().remove_reader(self._socket)
+                self._gone()
+                return
+            try:
+                message = json.loads(datagram)
+            except ValueError:
+                log.error("the supervisor sent what is no message: %r", datagram[:100])
+                continue
+            self._hear(message)
+
+
+class StderrLines(logging.Handler):
+    """One line a record to stderr, lost rather than waited for when nobody reads: control must never stand still."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+        self._lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from datetime import UTC, datetime
+
+        stamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        text = record.getMessage()
+        if record.exc_info:
+            text += " | " + logging.Formatter().formatException(record.exc_info).replace("\n", " | ")
+        if self._lost:
+            text += f" ({self._lost} lines before this one were lost)"
+        line = f"{stamp} {record.levelname.lower()} {self._role}: {text}\n".encode("utf-8", "replace")[:4000]
+        try:
+            if not select.select([], [2], [], 0)[1]:
+                raise BlockingIOError
+            os.write(2, line)
+            self._lost = 0
+        except (OSError, ValueError):
+            self._lost += 1
+
+
+def begin_logging(role: str) -> None:
+    root = logging.getLogger()
+    root.handlers[:] = [StderrLines(role)]
+    root.setLevel(logging.INFO)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def _make_socket(netns_pid: int, family: int) -> socket.socket:
+    return namespace.socket_in(netns_pid, family) if netns_pid else plain_socket(0, family)
+
+
+def _with_identity(new: ipc.Settings, old: ipc.Settings) -> ipc.Settings:
+    return msgspec.structs.replace(new, node=old.node, region=old.region)
+
+
+def _changes_json(changes: Changes, warnings: list[str]) -> dict[str, Any]:
+    return {
+        "added": list(changes.added), "changed": list(changes.changed), "removed": list(changes.removed),
+        "warnings": warnings, "faults": [],
+    }  # fmt: skip
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path + ".new", "w", encoding="ascii") as file:
+        file.write(text)
+    os.replace(path + ".new", path)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("wakefront")
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "0.1.0"
