@@ -44,7 +44,7 @@ def bind_all(listen: Sequence[ListenAddress], slots: int, patience_s: float = 0.
         for held in sockets:
             for listener in held:
                 listener.socket.close()
-        raise BindError("\n".join(faults))
+        raise BindError("\n".join(["can't listen:", *faults]))
     return sockets
 
 

@@ -18,15 +18,11 @@ Exit status: 0 drained, 1 the drain was cut short, 2 an address can't be bound o
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import enum
-import fcntl
 import gc
 import importlib
 import json
 import os
-import resource
 import select
 import selectors
 import signal
@@ -34,14 +30,15 @@ import socket
 import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NoReturn, TypeVar
+from dataclasses import asdict
+from typing import Any, NoReturn, TypeVar
 
 from proxy.binding import BindError, bind_all
+from proxy.children import ENDED_WELL, Child, Place, become_subreaper, fork, set_process_name
 from proxy.orphans import Orphans
-from proxy.process import ChildContext, ListenAddress, ListenSocket, ServePlan, unix_address
+from proxy.process import ChildContext, ListenAddress, ListenSocket, ServePlan
+from proxy.rundir import RunDir, RunDirError
 from proxy.state import SharedMemory
 from proxy.tickets import new_base_context
 
@@ -49,24 +46,15 @@ STALE_S = 3.0  # a beat this old means frozen or blocked
 FIRST_BEAT_S = 20.0  # a child may take this long to start
 WATCH_S = 0.25  # how often beats are looked at
 LATE_S = 1.5  # woken this late, we ourselves stood still, and everybody's beat looks old
-QUICK_DEATH_S = 5.0  # a life shorter than this counts as a failed start
-LONG_LIFE_S = 30.0  # and one this long forgives them
-BACKOFF_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
-BACKOFF_AFTER_READY = 3  # a child that had served comes back within 0.4 s however often it dies
 DRAIN_MARGIN_S = 2.0  # workers cut their own last requests at drain_timeout_s; then they need to end
 STOP_S = 330.0  # kill_timeout may be 300 s
 HURRIED_STOP_S = 10.0  # after a second SIGTERM or SIGINT
 STOP_ATTEMPTS = 4  # controls that may fail at stopping machines
 UNCLEAN_PATIENCE_S = 1.0  # children of a killed supervisor end within this
-MOST_OPEN_FILES = 1_048_576  # per worker, where the hard limit is higher
 ORPHAN_SCAN_S = 5.0  # without any SIGCHLD
 EXIT_CANNOT_START = 2
-EXIT_CHILD_FAILED = 70
-_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
-_DATAGRAM_BYTES = 65_536
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
-Role = Literal["control", "worker"]
 T = TypeVar("T")
 
 
@@ -86,7 +74,7 @@ def main(argv: list[str]) -> int:
     plan = _read_plan(argv)
     try:
         supervisor = Supervisor(plan)
-    except CannotStart as error:
+    except (RunDirError, BindError) as error:
         for line in str(error).splitlines():
             print(f"wakefront: {line}", file=sys.stderr)
         return EXIT_CANNOT_START
@@ -103,57 +91,11 @@ def _read_plan(argv: list[str]) -> ServePlan:
     raise SystemExit("usage: python -m proxy.supervisor --plan-fd N | --plan JSON   (use `wakefront serve`)")
 
 
-class CannotStart(Exception):
-    """Nothing was started. The message says what to do."""
-
-
 class Stage(enum.Enum):
     SERVING = "serving"
     DRAINING = "draining"
     STOPPING = "stopping"
     ENDED = "ended"
-
-
-@dataclass(slots=True)
-class Child:
-    """A running process and what is known of its health."""
-
-    pid: int
-    pidfd: int
-    channel: socket.socket
-    started_at: float
-    beat: int = 0  # the value last seen in its heartbeat cell
-    beat_at: float = 0.0  # when it was seen to change; judged by our clock alone
-    ready: bool = False
-    killed: bool = False
-    gone_quiet: bool = False  # it closed its end of the channel
-    outbox: deque[bytes] = field(default_factory=deque)
-
-
-@dataclass(slots=True)
-class Place:
-    """Control, or one worker slot."""
-
-    role: Role
-    slot: int
-    index: int
-    incarnation: int = 0
-    child: Child | None = None
-    failures: int = 0  # quick deaths in a row
-    start_at: float | None = None  # when to fill it again
-
-    @property
-    def name(self) -> str:
-        return "control" if self.role == "control" else f"worker {self.slot}"
-
-    def after_death(self, lived_s: float, was_ready: bool) -> float:
-        """Count a death; the seconds to wait before the next start."""
-        if lived_s >= LONG_LIFE_S:
-            self.failures = 0
-        elif lived_s < QUICK_DEATH_S:
-            self.failures += 1
-        most = BACKOFF_AFTER_READY if was_ready else len(BACKOFF_S) - 1
-        return BACKOFF_S[min(max(self.failures - 1, 0), most)]
 
 
 class Supervisor:
@@ -163,14 +105,18 @@ class Supervisor:
         self.plan = plan
         self.stage = Stage.SERVING
         self._pid = os.getpid()
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        self._set_name("wakefront")
+        become_subreaper()
+        set_process_name("wakefront")
         self._roles = os.environ.get("WAKEFRONT_ROLES", "proxy")
         self._notify_socket = os.environ.pop("NOTIFY_SOCKET", None)
-        self._lock_fd, unclean = self._lock()
-        self._listeners = self._bind(UNCLEAN_PATIENCE_S if unclean else 0.0)
-        self._control_listener: socket.socket | None = self._listen_for_workers()
+        self._run_dir = RunDir(plan)
+        try:
+            patience_s = UNCLEAN_PATIENCE_S if self._run_dir.was_left_behind else 0.0
+            self._listeners: list[list[ListenSocket]] = bind_all(plan.listen, plan.workers, patience_s)
+            self._control_listener = self._run_dir.listen()
+        except (BindError, RunDirError):
+            self._run_dir.clear()
+            raise
         self._shared_fd, self._memory = SharedMemory.create(plan.workers)
         self._tls_context = new_base_context()  # before any fork: sessions resume at every worker
         self._places = [Place("control", 0, 0), *(Place("worker", slot, 1 + slot) for slot in range(plan.workers))]
@@ -187,54 +133,6 @@ class Supervisor:
         self._stops_failed = 0
         self._cut_short = False
         self._lines_lost = 0
-
-    # --- start
-
-    def _lock(self) -> tuple[int, bool]:
-        """Hold run_dir/supervisor.pid; also whether the last holder left it behind without ending cleanly."""
-        run_dir = self.plan.run_dir
-        path = os.path.join(run_dir, "supervisor.pid")
-        try:
-            os.makedirs(self.plan.data_dir, mode=0o700, exist_ok=True)
-            os.makedirs(run_dir, mode=0o700, exist_ok=True)
-            os.chmod(run_dir, 0o700)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            taken = _try_lock(fd)
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-            if not taken:
-                raise CannotStart(
-                    f"another wakefront (pid {holder or 'unknown'}) already serves data_dir {self.plan.data_dir}; "
-                    f"stop it first (kill {holder or 'PID'}) or give this node its own [node] data_dir"
-                )
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{self._pid}\n".encode(), 0)
-            for stale in ("ready", "children.json"):
-                _remove(os.path.join(run_dir, stale))
-        except OSError as error:
-            raise CannotStart(f"data_dir {self.plan.data_dir} can't be used: {error}") from error
-        return fd, bool(holder)
-
-    def _bind(self, patience_s: float) -> list[list[ListenSocket]]:
-        try:
-            return bind_all(self.plan.listen, self.plan.workers, patience_s)
-        except BindError as error:
-            self._forget_run()
-            raise CannotStart(f"can't listen:\n{error}") from error
-
-    def _listen_for_workers(self) -> socket.socket:
-        """Control's Unix listener, for the owner only. It stays while controls come and go."""
-        _remove(os.path.join(self.plan.run_dir, "control.sock"))
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        before = os.umask(0o177)
-        try:
-            listener.bind(unix_address(self.plan.run_dir, "control.sock"))
-        except OSError as error:
-            self._forget_run()
-            raise CannotStart(f"{self.plan.run_dir}/control.sock can't be made: {error}") from error
-        finally:
-            os.umask(before)
-        listener.listen(128)
-        return listener
 
     # --- the loop
 
@@ -294,7 +192,7 @@ class Supervisor:
                 child.beat, child.beat_at = beat, now
             elif now - child.beat_at >= (STALE_S if beat else FIRST_BEAT_S):
                 self._log("error", f"{place.name} (pid {child.pid}) is frozen or blocked: no heartbeat; killing it")
-                self._kill(child)
+                child.kill()
 
     # --- signals
 
@@ -344,7 +242,7 @@ class Supervisor:
             place.start_at = None
             if place.child is not None:
                 self._send(place.child, {"op": "drain"})
-                self._signal(place.child, signal.SIGTERM)
+                place.child.signal(signal.SIGTERM)
         # From here the workers alone decide how long an address still accepts.
         self._close_listeners()
         self._changed()
@@ -369,7 +267,7 @@ class Supervisor:
             late = [child for place in left if (child := place.child) is not None and not child.killed]
             for child in late:
                 self._log("warning", f"worker pid {child.pid} did not finish in time; killing it")
-                self._kill(child)
+                child.kill()
             if late:
                 self._deadline = now + DRAIN_MARGIN_S  # a process that even SIGKILL can't end must not stop the rest
                 return
@@ -393,9 +291,8 @@ class Supervisor:
         """Nothing to wait for any more. Children that are left would be orphans of nobody: they are killed."""
         for place in self._places:
             if place.child is not None:
-                self._kill(place.child)
-        self._forget_run()
-        _remove(os.path.join(self.plan.run_dir, "control.sock"))
+                place.child.kill()
+        self._run_dir.clear()
         self._log("info", "ended" if not self._cut_short else "ended before all was finished")
 
     # --- children
@@ -409,7 +306,7 @@ class Supervisor:
             self._memory.clear_worker(place.slot)
         self._memory.beat(place.index, 0)
         try:
-            child = self._fork(place)
+            child = fork(place, lambda channel: self._become(place, channel))
         except OSError as error:
             delay = max(0.1, place.after_death(0.0, False))
             self._log("error", f"{place.name} can't be started: {error}; trying again in {delay:g} s")
@@ -427,55 +324,12 @@ class Supervisor:
                 self._send(child, {"op": "drain"})
         self._changed()
 
-    def _fork(self, place: Place) -> Child:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            pid = os.fork()
-            if pid == 0:
-                ours.close()
-                self._become(place, theirs)
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            if os.getpid() == self._pid:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                theirs.close()
-        try:
-            return Child(pid, os.pidfd_open(pid), ours, 0.0)
-        except OSError:  # out of descriptors: a child that can't be watched must not live
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            ours.close()
-            raise
-
-    def _become(self, place: Place, channel: socket.socket) -> NoReturn:
-        """In the child: leave the supervisor behind, run the role, never return into the supervisor's stack."""
-        status = EXIT_CHILD_FAILED
-        try:
-            self._prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != self._pid:  # it died before the line above took effect
-                os._exit(EXIT_CHILD_FAILED)
-            self._set_name("wf-control" if place.role == "control" else f"wf-worker-{place.slot}")
-            _reset_signals(place.role)
-            context = self._context(place, channel)
-            self._drop_all_but(context)
-            if place.role == "worker":
-                _raise_open_files()  # not for control: machines would inherit it
-            module = "server" if place.role == "control" else "worker"
-            status = int(importlib.import_module(f"{self._roles}.{module}").run(context))
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(OSError, ValueError):  # stdio closed or full: there is nobody left to tell
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(status)
+    def _become(self, place: Place, channel: socket.socket) -> int:
+        """In the child: leave the supervisor behind and run the role."""
+        context = self._context(place, channel)
+        self._drop_all_but(context)
+        module = "server" if place.role == "control" else "worker"
+        return int(importlib.import_module(f"{self._roles}.{module}").run(context))
 
     def _context(self, place: Place, channel: socket.socket) -> ChildContext:
         is_control = place.role == "control"
@@ -493,41 +347,38 @@ class Supervisor:
         )
 
     def _drop_all_but(self, context: ChildContext) -> None:
-        """In the child: close what is the supervisor's and the others'. The lock must not outlive the supervisor."""
-        os.close(self._lock_fd)
+        """In the child: close what is the supervisor's and the others'."""
+        self._run_dir.leave()
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
         for place in self._places:
             if place.child is not None:
-                place.child.channel.close()
-                os.close(place.child.pidfd)
+                place.child.close()
                 place.child = None
         for held in self._listeners:
             if held is not context.listeners:
                 for listener in held:
                     listener.socket.close()
-        if context.control_listener is None and self._control_listener is not None:
+        if context.control_listener is None:
             self._control_listener.close()
         gc.freeze()  # what was made before the fork is never garbage here: spare its pages
 
     def _on_end(self, place: Place, child: Child) -> None:
-        result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG)
-        if result is None:
+        how = child.reap()
+        if how is None:
             return
-        self._on_channel(place, child, selectors.EVENT_READ)  # its last words
-        for watched in (child.pidfd, child.channel):
-            with contextlib.suppress(KeyError):  # a closed channel is no longer registered
-                self._selector.unregister(watched)
-        os.close(child.pidfd)
-        child.channel.close()
+        self._surely(self._hear_all, place)  # its last words
+        self._selector.unregister(child.pidfd)
+        if not child.gone_quiet:
+            self._selector.unregister(child.channel)
+        child.close()
         place.child = None
         now = time.monotonic()
         lived = now - child.started_at
         stopping = self.stage is not Stage.SERVING
         self._cut_short |= stopping and child.killed and place is not self._control
-        how = _describe(result.si_code, result.si_status)
-        done = self.stage is Stage.STOPPING and result.si_code == os.CLD_EXITED and result.si_status == 0
+        done = self.stage is Stage.STOPPING and how == ENDED_WELL
         if not stopping or (place is self._control and not done):
             self._replace(place, now, place.after_death(lived, child.ready), f"{how} after {lived:.1f} s")
         else:
@@ -548,43 +399,18 @@ class Supervisor:
         self._log("error", f"{place.name} {how}; {again}")
         place.start_at = now + delay
 
-    def _kill(self, child: Child) -> None:
-        child.killed = True
-        self._signal(child, signal.SIGKILL)
-
-    def _signal(self, child: Child, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it ended by itself; the pidfd tells
-            signal.pidfd_send_signal(child.pidfd, number)
-
     # --- channels
 
     def _send(self, child: Child, message: dict[str, Any]) -> None:
-        """Queue a message. The queue stays short: equal messages that still wait are one."""
-        datagram = json.dumps(message).encode()
-        if datagram not in child.outbox:
-            child.outbox.append(datagram)
-        self._flush(child)
+        child.send(message)
+        self._watch_room(child)
 
-    def _flush(self, child: Child) -> None:
-        while child.outbox and self._try_send(child, child.outbox[0]):
-            child.outbox.popleft()
-
-    def _try_send(self, child: Child, datagram: bytes) -> bool:
-        """Hand one datagram to the kernel. False: not now; we are woken when there is room, or it never reads again."""
+    def _watch_room(self, child: Child) -> None:
+        """Be woken when a channel takes messages again, and only then."""
         if child.gone_quiet:
-            return False
-        try:
-            child.channel.send(datagram)
-        except BlockingIOError:
-            self._want_room(child, True)
-            return False
-        except OSError:  # it has closed its end: dying, which the pidfd tells
-            return False
-        return True
-
-    def _want_room(self, child: Child, want: bool) -> None:
+            return
         key = self._selector.get_key(child.channel)
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if want else 0)
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.wants_room else 0)
         if key.events != events:
             self._selector.modify(child.channel, events, key.data)
 
@@ -592,22 +418,21 @@ class Supervisor:
         if place.child is not child:  # it ended earlier in this same turn
             return
         if mask & selectors.EVENT_WRITE:
-            self._want_room(child, False)
-            self._flush(child)
+            child.wants_room = False
+            child.flush()
+            self._watch_room(child)
             self._tell_orphans()
-        if mask & selectors.EVENT_READ and not child.gone_quiet:
-            for _ in range(256):  # then the others have a turn
-                try:
-                    datagram = child.channel.recv(_DATAGRAM_BYTES)
-                except BlockingIOError:
-                    break
-                except OSError:
-                    datagram = b""
-                if not datagram:
-                    child.gone_quiet = True
-                    self._selector.unregister(child.channel)
-                    break
-                self._hear(place, child, datagram)
+        if mask & selectors.EVENT_READ:
+            self._hear_all(place)
+
+    def _hear_all(self, place: Place) -> None:
+        child = place.child
+        if child is None or child.gone_quiet:
+            return
+        for datagram in child.receive():
+            self._hear(place, child, datagram)
+        if child.gone_quiet:
+            self._selector.unregister(child.channel)
 
     def _hear(self, place: Place, child: Child, datagram: bytes) -> None:
         try:
@@ -643,11 +468,11 @@ class Supervisor:
         child = self._control.child
         if child is None:
             return
-        while not child.outbox and (end := self._orphans.next_to_tell()) is not None:
-            message = {"op": "exited", "pid": end.pid, "code": end.code, "signal": end.signal}
-            if not self._try_send(child, json.dumps(message).encode()):
-                return
+        while (end := self._orphans.next_to_tell()) is not None:
+            if not child.send_now({"op": "exited", "pid": end.pid, "code": end.code, "signal": end.signal}):
+                break
             self._orphans.told(end)
+        self._watch_room(child)
 
     # --- what others can see
 
@@ -686,13 +511,10 @@ class Supervisor:
         return found
 
     def _write(self, name: str, text: str) -> None:
-        path = os.path.join(self.plan.run_dir, name)
         try:
-            with open(path + ".new", "w") as file:
-                file.write(text)
-            os.replace(path + ".new", path)
+            self._run_dir.write(name, text)
         except OSError as error:  # a full disk must not stop the supervisor
-            self._log("error", f"{path} can't be written: {error}")
+            self._log("error", f"{name} can't be written: {error}")
 
     def _notify(self, state: str) -> None:
         """Tell systemd, if it asked (sd_notify(3))."""
@@ -720,75 +542,15 @@ class Supervisor:
         except (OSError, ValueError):  # nobody can be told now
             self._lines_lost += 1
 
-    # --- end and small things
-
     def _close_listeners(self) -> None:
         for held in self._listeners:
             for listener in held:
                 listener.socket.close()
         self._listeners = []
 
-    def _forget_run(self) -> None:
-        for name in ("ready", "children.json"):
-            _remove(os.path.join(self.plan.run_dir, name))
-        os.ftruncate(self._lock_fd, 0)  # an empty pid file says: ended cleanly
-
-    def _prctl(self, option: int, value: int) -> None:
-        if self._libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, f"prctl({option}): {os.strerror(code)}")
-
-    def _set_name(self, name: str) -> None:
-        self._libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
-
 
 def _noticed(number: int, frame: object) -> None:
     """A handler in Python must exist for the wake-up descriptor to be written; the loop does the rest."""
-
-
-def _reset_signals(role: Role) -> None:
-    """In the child. SIGINT and SIGHUP of a terminal reach the whole group, but the supervisor alone answers them.
-
-    Handlers rather than SIG_IGN, which machines would inherit through exec.
-    """
-    signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    ignored: list[signal.Signals] = [signal.SIGINT, signal.SIGHUP]
-    if role == "control":
-        ignored.append(signal.SIGTERM)  # its order to drain comes over the channel, after the workers have ended
-    for number in ignored:
-        signal.signal(number, _noticed)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-
-def _raise_open_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(hard, MOST_OPEN_FILES) if hard != resource.RLIM_INFINITY else MOST_OPEN_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _describe(code: int, status: int) -> str:
-    if code == os.CLD_EXITED:
-        return f"exited with status {status}"
-    try:
-        return f"was killed by {signal.Signals(status).name}"
-    except ValueError:
-        return f"was killed by signal {status}"
 
 
 if __name__ == "__main__":

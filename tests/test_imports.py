@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COLUMNS: tuple[frozenset[str], ...] = (
     frozenset({"model", "errors", "process", "tickets"}),
     frozenset({"wire", "decide", "config"}),
-    frozenset({"state", "ipc", "clock", "metrics", "namespace", "binding", "orphans"}),
+    frozenset({"state", "ipc", "clock", "metrics", "namespace", "binding", "orphans", "children", "rundir"}),
     frozenset({"edge", "machines"}),
     frozenset({"control"}),
     frozenset({"worker", "server", "supervisor", "cli", "__main__"}),
@@ -39,7 +39,7 @@ NEIGHBOURS_FORBIDDEN = {
 FORBIDDEN = {"control": {"edge"}}
 
 # What the supervisor runs must have no reason to fail or to wait: the standard library, no loop, no third party.
-SUPERVISOR_PARTS = {"supervisor", "process", "state", "tickets", "binding", "orphans"}
+SUPERVISOR_PARTS = {"supervisor", "process", "state", "tickets", "binding", "orphans", "children", "rundir"}
 LOOPS_AND_THREADS = {"asyncio", "threading", "concurrent", "multiprocessing", "subprocess", "sqlite3", "http"}
 
 # Pure code takes time and chance as arguments and touches nothing outside.

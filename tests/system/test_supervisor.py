@@ -16,9 +16,10 @@ import pytest
 import trustme
 
 from proxy.binding import BindError, bind_all
+from proxy.children import Place
 from proxy.orphans import STRAYS_KEPT
 from proxy.process import ListenAddress
-from proxy.supervisor import Place, exec_supervisor
+from proxy.supervisor import exec_supervisor
 from tests.support.processes import cpu_s, descendants, state_of, wait_for
 from tests.support.supervised import Supervised, ask
 
@@ -402,7 +403,7 @@ def test_a_privileged_port_is_refused_with_what_to_do(monkeypatch: pytest.Monkey
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(socket.socket, "bind", refuse)
-    with pytest.raises(BindError, match=r"127\.0\.0\.1:80 .*CAP_NET_BIND_SERVICE"):
+    with pytest.raises(BindError, match=r"(?s)listen:.*127\.0\.0\.1:80 .*CAP_NET_BIND_SERVICE"):
         bind_all((ListenAddress(80, "127.0.0.1", 80),), 1)
 
 
