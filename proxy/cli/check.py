@@ -36,7 +36,7 @@ def run_check(config: str | os.PathLike[str] | None, fly_tomls: Sequence[str | o
     else:
         from rich.console import Console
 
-        console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+        console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
         if node is not None:
             render(node, console)
         if files:
@@ -190,11 +190,11 @@ def render(node: Report, console: Console) -> None:
     """Draw a report of `report`: the node, each app, every fault, and the sum."""
     if "node" in node:
         about = node["node"]
-        console.print(f"{_path(node['config'])}", style="bold")
-        console.print(f"  node {about['name']}, region {about['region']}, admin http://{node['listen']['admin']}")
+        _put(console, f"{_path(node['config'])}", style="bold")
+        _put(console, f"  node {about['name']}, region {about['region']}, admin http://{node['listen']['admin']}")
         public = node["listen"]["public"]
         bound = ", ".join(f"{one['public_port']} at {_address(one['host'], one['port'])}" for one in public)
-        console.print(f"  public ports {bound or 'none'}")
+        _put(console, f"  public ports {bound or 'none'}")
         _render_keys(node["keys"], console, "  ")
     for app in node.get("apps", ()):
         _render_app(app, console)
@@ -208,7 +208,8 @@ def render_fly_tomls(files: Sequence[Report], console: Console) -> None:
         services = one.get("services", [])
         keys = one.get("keys", {})
         counted = ", ".join(f"{len(keys[use])} {use}" for use in keys)
-        console.print(
+        _put(
+            console,
             f"{'good' if one['ok'] else 'BAD '}  {_path(one['file'])}: "
             f"{one.get('app') or 'no app name'}, {_plural(len(services), 'service')}, keys {counted or 'none'}",
             style="" if one["ok"] else "bold red",
@@ -224,21 +225,21 @@ def render_fly_tomls(files: Sequence[Report], console: Console) -> None:
 
 
 def _render_app(app: Report, console: Console) -> None:
-    console.print()
-    console.print(f"{app['name']}  {' '.join(app['hostnames'])}", style="bold")
-    console.print(f"    {'fly.toml':9} {_path(app['fly_toml']) if app['fly_toml'] else 'none'}, driver {app['driver']}")
+    _put(console)
+    _put(console, f"{app['name']}  {' '.join(app['hostnames'])}", style="bold")
+    _put(console, f"    {'fly.toml':9} {_path(app['fly_toml']) if app['fly_toml'] else 'none'}, driver {app['driver']}")
     _render_services(app.get("services", []), console)
     for check in app.get("checks", ()):
         target = f"port {check['port']}" if "port" in check else "the service's port"
-        console.print(f"    {'check':9} {check['name']}: {_check(check['check'])} on {target}")
+        _put(console, f"    {'check':9} {check['name']}: {_check(check['check'])} on {target}")
     for group in app["groups"]:
         if app["driver"] == "process":
             command = " ".join(group.get("command", ())) or "no command"
-            console.print(f"    {'machines':9} {group['count']} × {group['name']}: {command}")
+            _put(console, f"    {'machines':9} {group['count']} × {group['name']}: {command}")
         for mount in group.get("mounts", ()):
-            console.print(f"    {'volume':9} {mount['source']} at {mount['destination']} ({group['name']})")
+            _put(console, f"    {'volume':9} {mount['source']} at {mount['destination']} ({group['name']})")
     for machine in app["machines"]:
-        console.print(f"    {'machine':9} {machine['id']} at {_address(machine['host'], machine['port'])}")
+        _put(console, f"    {'machine':9} {machine['id']} at {_address(machine['host'], machine['port'])}")
     _render_keys(app["keys"], console, "    ")
 
 
@@ -248,17 +249,19 @@ def _render_services(services: Iterable[Report], console: Console) -> None:
         limits = f"{service['concurrency_type']}, soft limit {service['soft_limit']}"
         if "hard_limit" in service:
             limits += f", hard limit {service['hard_limit']}"
-        console.print(
+        _put(
+            console,
             f"    {'service':9} {service['protocol']} {ports} → {service['internal_port']} "
-            f"({', '.join(service['processes'])})"
+            f"({', '.join(service['processes'])})",
         )
         starts = "on" if service["autostart"] else "off"
-        console.print(
+        _put(
+            console,
             f"    {'':9} {limits}; autostop {service['autostop']}, autostart {starts}, "
-            f"at least {service['min_machines_running']} running"
+            f"at least {service['min_machines_running']} running",
         )
         for check in service.get("checks", ()):
-            console.print(f"    {'check':9} {_check(check)}")
+            _put(console, f"    {'check':9} {_check(check)}")
 
 
 def _port(port: Report) -> str:
@@ -279,15 +282,15 @@ def _render_keys(keys: Report, console: Console, indent: str) -> None:
     if not any(keys.get(use.value) for use in KeyClass):
         return
     counted = ", ".join(f"{len(keys[use.value])} {use.value}" for use in KeyClass)
-    console.print(f"{indent}{'keys':9} {counted}")
+    _put(console, f"{indent}{'keys':9} {counted}")
     reasons: dict[str, list[str]] = {}
     for one in keys["kept"]:
         reasons.setdefault(one["reason"], []).append(one["key"])
     for reason, names in reasons.items():
-        console.print(f"{indent}{'kept':9} {', '.join(_gathered(names))}: {reason}", style="dim")
+        _put(console, f"{indent}{'kept':9} {', '.join(_gathered(names))}: {reason}", style="dim")
     for one in keys["unknown"]:
         hint = f": did you mean {one['did_you_mean']}?" if one["did_you_mean"] else ""
-        console.print(f"{indent}{'unknown':9} {one['key']}{hint}", style="yellow")
+        _put(console, f"{indent}{'unknown':9} {one['key']}{hint}", style="yellow")
 
 
 def _gathered(keys: Iterable[str]) -> list[str]:
@@ -297,7 +300,9 @@ def _gathered(keys: Iterable[str]) -> list[str]:
         section, dot, name = key.rpartition(".")
         sections.setdefault(section + dot, []).append(name)
     return [
-        f"{section}{{{', '.join(names)}}}" if section and len(names) > 1 else ", ".join(section + name for name in names)
+        f"{section}{{{', '.join(names)}}}"
+        if section and len(names) > 1
+        else ", ".join(section + name for name in names)
         for section, names in sections.items()
     ]
 
@@ -308,16 +313,21 @@ def _render_faults(faults: Iterable[Report], console: Console) -> None:
         key = f"{fault['key']}{' = ' if fault['key'] and fault['value'] else ''}{fault['value']}"
         hint = f" (did you mean {fault['did_you_mean']}?)" if fault["did_you_mean"] else ""
         colour = "bold red" if fault["severity"] == "error" else "yellow"
-        console.print(f"{fault['severity']}: {where}: {key or 'file'}", style=colour)
+        _put(console, f"{fault['severity']}: {where}: {key or 'file'}", style=colour)
         if fault["source"]:
-            console.print(f"    | {fault['source']}", style="dim")
-        console.print(f"    {fault['expectation']}{hint}")
+            _put(console, f"    | {fault['source']}", style="dim")
+        _put(console, f"    {fault['expectation']}{hint}")
 
 
 def _render_sum(faults: Sequence[Report], what: str, console: Console) -> None:
     errors = sum(one["severity"] == "error" for one in faults)
     said = f"{what}: {_plural(errors, 'error')}, {_plural(len(faults) - errors, 'warning')}"
-    console.print(said, style="bold red" if errors else "bold green")
+    _put(console, said, style="bold red" if errors else "bold green")
+
+
+def _put(console: Console, text: str = "", style: str = "") -> None:
+    """One line; what comes from files may not control the terminal."""
+    console.print("".join(one if one.isprintable() or one == "\n" else "\ufffd" for one in text), style=style)
 
 
 def _count(files: Sequence[Report]) -> dict[str, int]:
