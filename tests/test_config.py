@@ -15,6 +15,7 @@ from proxy.config import AppConfig, Host, LoadResult, NodeConfig, load, plan
 from proxy.ipc import Settings
 from proxy.model import AppLimits, Endpoint, RestartPolicy, WakeOn
 from proxy.process import ListenAddress
+from proxy.wire.fly_keys import KEYS, USED
 
 ROOT = Path(__file__).parent.parent
 NOBODY = Host("host", 65534, 4)
@@ -460,3 +461,16 @@ def test_no_document_makes_loading_raise(document: dict[str, Any]) -> None:
     for fault in source.placed():
         assert fault.expectation
         assert str(fault).isprintable()
+
+
+# --- the documentation
+
+
+def test_the_configuration_page_names_every_key() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    words = set(re.findall(r"[a-z_]+", page))
+    own = {*config_module._fields(config_module.NodeSection), *config_module._fields(config_module.LimitsSection)}
+    own |= {*config_module._APP_KEYS, *config_module._SECTIONS, "issuer", "access", "format", "admin", "id", "address"}
+    assert own <= words, own - words
+    used = {key.split(".")[-1] for key, reason in KEYS.items() if reason == USED and "*" not in key}
+    assert used - {"name", "command", "retries", "policy"} <= words, used - words
