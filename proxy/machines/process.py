@@ -69,6 +69,7 @@ class ProcessDriver:
         self._node_dir = node_dir
         self._log_limit_bytes = log_limit_bytes
         self._on_exit: ExitCallback | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._watches: dict[MachineId, _Watch] = {}
         self._starting: dict[MachineId, asyncio.Future[Running]] = {}
         self._spawner: Spawner | None = None
@@ -81,6 +82,8 @@ class ProcessDriver:
 
     def set_on_exit(self, callback: ExitCallback) -> None:
         self._on_exit = callback
+        with contextlib.suppress(RuntimeError):
+            self._loop = asyncio.get_running_loop()
 
     # starting
 
@@ -166,7 +169,10 @@ class ProcessDriver:
             future.set_result(outcome.running)
 
     def _live_spawner(self) -> Spawner:
-        if self._spawner is None or self._spawner.is_lost:
+        if self._spawner is not None and self._spawner.is_lost:
+            self._spawner.leave()
+            self._spawner = None
+        if self._spawner is None:
             self._spawner = Spawner(self._node_dir)
         return self._spawner
 
@@ -230,7 +236,9 @@ class ProcessDriver:
             if machine not in leaders or leader.start_ticks < leaders[machine].start_ticks:
                 leaders[machine] = leader  # one that made a session of its own later is a child of it
         for machine in marked - leaders.keys():
-            self._sweep(MachineId(machine), 0)
+            self._to_sweep.setdefault(MachineId(machine), 0)
+        if self._to_sweep and self._loop is not None:  # this may run on any thread
+            self._loop.call_soon_threadsafe(self._sweep_task)
         return {
             MachineId(machine): Running(leader.pid, leader.start_ticks, _own_network(leader.pid))
             for machine, leader in leaders.items()
@@ -263,6 +271,7 @@ class ProcessDriver:
     # watching
 
     def _watch(self, watch: _Watch) -> None:
+        self._to_sweep.pop(watch.machine, None)
         if (old := self._watches.get(watch.machine)) is not None:
             asyncio.get_running_loop().remove_reader(old.pidfd)
             old.close()
@@ -495,19 +504,20 @@ def describe(end: Exit) -> str:
 
 
 def _spawn(spawner: Spawner, spec: MachineSpec) -> Spawned:
-    fd = -1
+    if not spec.log_path:
+        return spawner.spawn(spec, -1)
     try:
-        if spec.log_path:
-            fd = logs.open_log(spec.log_path)
-            logs.mark(fd, clock.unix(), spec.id, "starting")
+        fd = logs.open_log(spec.log_path)
+    except OSError as error:
+        raise DriverError(f"machine {spec.id}: cannot open its log {spec.log_path}: {error.strerror}") from error
+    try:
+        _mark(fd, spec.id, "starting")
         return spawner.spawn(spec, fd)
     except DriverError as error:
-        if fd >= 0:
-            logs.mark(fd, clock.unix(), spec.id, f"not started: {error}")
+        _mark(fd, spec.id, f"not started: {error}")
         raise
     finally:
-        if fd >= 0:
-            os.close(fd)
+        os.close(fd)
 
 
 def _peek(pidfd: int) -> Exit:
@@ -579,10 +589,18 @@ def _write_mark(path: str, machine: MachineId, event: str) -> None:
     if not path:
         return
     try:
-        fd = logs.open_log(path)
-        try:
-            logs.mark(fd, clock.unix(), machine, event)
-        finally:
-            os.close(fd)
-    except OSError as error:  # a full disk must not keep the exit from being recorded
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    except OSError as error:
+        _log.warning("machine %s: cannot open its log: %s", machine, error)
+        return
+    try:
+        _mark(fd, machine, event)
+    finally:
+        os.close(fd)
+
+
+def _mark(fd: int, machine: MachineId, event: str) -> None:
+    try:
+        logs.mark(fd, clock.unix(), machine, event)
+    except OSError as error:  # a full disk must keep neither a machine from starting nor its exit from being recorded
         _log.warning("machine %s: cannot write to its log: %s", machine, error)

@@ -8,6 +8,7 @@ go home it refuses further work (`is_lost`) and is replaced. It watches and reap
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -20,6 +21,8 @@ from proxy import namespace
 from proxy.machines import proc, volumes
 from proxy.machines.driver import DriverError, MachineSpec, Running
 from proxy.model import MachineId
+
+_log = logging.getLogger(__name__)
 
 _DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 _RESET_SIGNALS = [one for one in signal.valid_signals() if one not in (signal.SIGKILL, signal.SIGSTOP)]
@@ -57,9 +60,12 @@ class Spawner:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """End the thread after the jobs it has. Machines go on."""
-        self._jobs.put(None)
+        """End the thread after the jobs it has, and wait for that. Machines go on."""
+        self.leave()
         self._thread.join(timeout=5)
+
+    def leave(self) -> None:
+        self._jobs.put(None)
 
     # what follows runs on the thread only
 
@@ -84,8 +90,7 @@ class Spawner:
 
     def prepare(self, spec: MachineSpec) -> _Place:
         """Make the namespaces that this machine will start in, unless they are there and still right."""
-        if self.is_lost:
-            raise DriverError(f"machine {spec.id}: the thread that starts machines lost its namespace")
+        self._refuse_if_lost(spec)
         volumes.make_folders(spec.mounts, spec.user)
         seen = tuple((one, *_identity(one.source)) for one in spec.mounts)
         place = self._places.get(spec.id)
@@ -97,7 +102,12 @@ class Spawner:
             place.net = self._make_network(spec)
         if spec.mounts:
             place.mnt = self._make_view(spec)
+        self._refuse_if_lost(spec)
         return place
+
+    def _refuse_if_lost(self, spec: MachineSpec) -> None:
+        if self.is_lost:
+            raise DriverError(f"machine {spec.id}: the thread that starts machines lost its namespace; try again")
 
     def release(self, machine: MachineId) -> None:
         place = self._places.pop(machine, None)
@@ -194,9 +204,10 @@ class Spawner:
                 namespace.setns(self._home_mnt, namespace.CLONE_NEWNS)
             if net:
                 namespace.setns(self._home_net, namespace.CLONE_NEWNET)
-        except OSError as error:
+        except OSError as error:  # no exception: a machine that was spawned here must still be told of
             self.is_lost = True
-            raise DriverError(f"the thread that starts machines cannot leave a machine's namespace: {error}") from error
+            _log.error("the thread that starts machines cannot leave a machine's namespace (%s): replacing it", error)
+            return
         if self._can_move:
             os.chdir("/")  # hold no folder of a machine's that somebody may want to unmount
 

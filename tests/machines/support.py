@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any  # changes of any field of a spec
 
 from proxy.machines import logs, proc
-from proxy.machines.driver import Driver, Exit, MachineSpec, Mount, Running
+from proxy.machines.driver import Exit, MachineSpec, Mount, Running
 from proxy.machines.process import ProcessDriver
 from proxy.machines.volumes import mount_support, network_support
 from proxy.model import AppName, Endpoint, MachineId
@@ -23,9 +24,9 @@ needs_mounts = "; ".join(mount_support([Mount("/", "/data", "probe")]))
 needs_root = "" if os.geteuid() == 0 else "needs root to change users"
 
 
-def spec(folder: Path, *command: str, id: str = "e2865013a12345", **changes: object) -> MachineSpec:
+def spec(folder: Path, *command: str, id: str = "e2865013a12345", **changes: Any) -> MachineSpec:
     """A machine in `folder`, whose node is `folder` too."""
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "id": MachineId(id),
         "app": AppName("demo"),
         "group": "app",
@@ -38,7 +39,7 @@ def spec(folder: Path, *command: str, id: str = "e2865013a12345", **changes: obj
         "log_path": logs.log_path(str(folder), "demo", id),
         **changes,
     }
-    return MachineSpec(**values)  # type: ignore[arg-type] # the values above are right
+    return MachineSpec(**values)
 
 
 def python(script: str) -> tuple[str, ...]:
@@ -114,6 +115,3 @@ def is_alive(pid: int) -> bool:
 
 def started(_: Running) -> None:
     """For starts whose fork the test does not look at."""
-
-
-__all__ = ["Driver"]

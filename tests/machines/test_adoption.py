@@ -220,8 +220,24 @@ async def test_what_is_left_of_a_machine_whose_leader_is_gone_is_killed_at_the_n
         await first.close()
         os.waitid(os.P_PID, running.pid, os.WEXITED)  # noqa: ASYNC222 - it has ended
         async with driver_at(tmp_path) as (second, _):
-            assert second.find_machines() == {}
+            assert await asyncio.to_thread(second.find_machines) == {}
             await until(lambda: not is_alive(child), "the child is killed")
+
+
+async def test_a_start_that_the_journal_missed_is_adopted_though_the_journal_names_an_older_one(tmp_path: Path) -> None:
+    async with driver_at(tmp_path) as (first, _):
+        one = spec(tmp_path)
+        old = await first.start(one, started)
+        await first.stop(one.id, signal.SIGTERM, 5)
+        first.forget(one.id)
+        new = await first.start(one, started)
+        await first.close()
+        async with driver_at(tmp_path) as (second, exits):
+            assert second.adopt(one, old) is None
+            assert second.adopt(one, None) == new
+            await asyncio.shield(second._sweep_task())
+            assert is_alive(new.pid)
+            assert exits.all == []
 
 
 async def test_a_stray_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:

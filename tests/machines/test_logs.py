@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from pathlib import Path
@@ -95,6 +96,7 @@ class TestTrim:
         assert trim(str(tmp_path / "m.log"), 5000) == 0
         assert trim(str(tmp_path / "gone.log"), 5000) == 0
 
+    @pytest.mark.slow
     def test_loses_no_line_within_the_bound_while_a_machine_writes(self, tmp_path: Path) -> None:
         path = str(tmp_path / "m.log")
         total = 100_000
@@ -130,7 +132,7 @@ class TestTrim:
         class NoHoles:
             @staticmethod
             def fallocate(*_: int) -> int:
-                logs.ctypes.set_errno(95)  # EOPNOTSUPP
+                ctypes.set_errno(95)  # EOPNOTSUPP
                 return -1
 
         monkeypatch.setattr(logs, "_libc", NoHoles)

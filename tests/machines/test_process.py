@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,7 +117,7 @@ class TestWhatCannotStart:
         ],
     )
     async def test_says_why(
-        self, tmp_path: Path, command: tuple[str, ...], changes: dict[str, object], message: str
+        self, tmp_path: Path, command: tuple[str, ...], changes: dict[str, Any], message: str
     ) -> None:
         for name, text, mode in (
             ("data", "#!/bin/sh\n", 0o644),
@@ -345,3 +346,16 @@ async def test_the_driver_works_where_threads_may_not_have_a_folder_of_their_own
         assert output(one) == [str(tmp_path / "app")]
         with pytest.raises(DriverError, match="cannot have a network of its own"):
             await driver.start(spec(tmp_path, id="other", own_network=True), started)
+
+
+async def test_a_log_that_cannot_be_opened_is_a_driver_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    async with driver_at(tmp_path) as (driver, _):
+        with pytest.raises(DriverError, match=r"cannot open its log .*: Not a directory"):
+            await driver.start(spec(tmp_path, log_path=str(tmp_path / "file" / "m.log")), started)
+
+
+async def test_a_full_disk_keeps_neither_the_start_nor_the_exit_from_being_told(tmp_path: Path) -> None:
+    async with driver_at(tmp_path) as (driver, exits):
+        await driver.start(spec(tmp_path, "sh", "-c", "exit 4", log_path="/dev/full"), started)
+        assert await exits.first() == Exit(code=4)

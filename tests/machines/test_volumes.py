@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy import namespace
 from proxy.machines import volumes
 from proxy.machines.driver import DriverError, Exit, Mount
 from proxy.namespace import socket_in
@@ -231,6 +232,33 @@ class TestOwnNetwork:
             await driver.start(plain, started)  # the thread came home
             await until(lambda: len(exits.all) == 2, "both ended")
             assert output(plain) == [os.readlink("/proc/self/ns/net"), os.readlink("/proc/self/ns/mnt")]
+
+    async def test_a_thread_that_cannot_come_home_is_replaced_and_the_machine_it_started_is_not_lost(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one, two = (spec(tmp_path, id=name, own_network=True) for name in ("one", "two"))
+        home, real = os.stat("/proc/self/ns/net").st_ino, namespace.setns
+
+        def stay(fd: int, kind: int) -> None:
+            if os.fstat(fd).st_ino == home:
+                raise PermissionError(1, "Operation not permitted")
+            real(fd, kind)
+
+        async with driver_at(tmp_path) as (driver, exits):
+            await driver.start(spec(tmp_path, "true", id="first"), started)
+            driver.prepare(one)
+            await exits.first()
+            with monkeypatch.context() as patch:
+                await driver.start(spec(tmp_path, id="warm"), started)  # the preparation is done by now
+                patch.setattr(namespace, "setns", stay)
+                running = await driver.start(one, started)
+                with pytest.raises(DriverError, match="lost its namespace; try again"):
+                    await driver.start(two, started)
+            assert running.netns_pid
+            assert (await driver.start(two, started)).netns_pid
+            plain = spec(tmp_path, "readlink", "/proc/self/ns/net", id="plain")
+            await driver.start(plain, started)
+            await said(plain, os.readlink("/proc/self/ns/net"))
 
 
 async def _ask(pid: int) -> bytes:
