@@ -25,8 +25,8 @@ from proxy.cli.node import (
 )
 from proxy.cli.output import age, print_json, say, table, waiting
 
-# The state in which each verb leaves a machine.
-_TARGET = {"start": "started", "stop": "stopped", "suspend": "suspended", "restart": "started"}
+# The states that each verb may leave a machine in: one that never ran, or could not start, is not stopped any further.
+_TARGETS = {"start": "started", "stop": "stopped,created,failed", "suspend": "suspended", "restart": "started"}
 _DONE = {"start": "started", "stop": "stopped", "suspend": "suspended", "restart": "restarted"}
 
 
@@ -39,19 +39,29 @@ def status(api: Api, as_json: bool) -> None:
     if as_json:
         print_json(answer)
         return
-    facts = [f"{key} {answer[key]}" for key in ("name", "region", "version") if answer.get(key)]
-    if isinstance(answer.get("uptime_s"), int | float):
-        facts.append(f"up {age(answer['uptime_s'])}")
-    say(" · ".join(facts) if facts else f"node at {api.node.address}")
-    if workers := answer.get("workers"):
-        say(f"workers: {_workers(workers)}")
-    _app_table(list_apps(api), api)
+    control = answer["control"]
+    say(
+        f"node {answer['name']}, region {answer['region']}, wakefront {answer['version']}, "
+        f"up {age(answer['uptime_s'])}, {'ready' if answer['ready'] else 'not ready'}"
+    )
+    say(f"control pid {control['pid']}; {_workers(answer['workers'])}")
+    for warning in answer["warnings"]:
+        say(f"warning: {warning}")
+    rows = []
+    for one in answer["apps"]:
+        remarks = [remark for machine in one["machines"] if (remark := _remark(machine))]
+        in_flight = sum(machine["in_flight"] for machine in one["machines"])
+        rows.append((one["name"], _states(one["machines"]), in_flight, remarks[0] if remarks else ""))
+    columns = ("app", "machines", "in flight", "remark")
+    width = 4 if any(row[3] for row in rows) else 3
+    table(columns[:width], [row[:width] for row in rows])
 
 
-def _workers(workers: Any) -> str:
-    if not isinstance(workers, list):
-        return str(workers)
-    return ", ".join(f"{one.get('slot', '?')} (pid {one.get('pid', '?')})" for one in workers)
+def _workers(workers: list[dict[str, Any]]) -> str:
+    linked = [f"{one['slot']} (pid {one['pid']}, {one['connections']} connections)" for one in workers if one["linked"]]
+    missing = [str(one["slot"]) for one in workers if not one["linked"]]
+    text = f"workers {', '.join(linked)}" if linked else "no worker is linked"
+    return text + (f"; not linked: {', '.join(missing)}" if linked and missing else "")
 
 
 def apps(api: Api, as_json: bool) -> None:
@@ -62,34 +72,27 @@ def apps(api: Api, as_json: bool) -> None:
     if not known:
         say("This node has no apps: add an [[apps]] to its config.toml, then `wakefront reload`.")
         return
-    _app_table(known, api)
-
-
-def _app_table(known: list[dict[str, Any]], api: Api) -> None:
-    rows = []
-    for one in known:
-        machines = list_machines(api, str(one["name"]))
-        held = next((reason for machine in machines if (reason := _hold(machine))), "")
-        rows.append((one["name"], _states(machines), ", ".join(one.get("hostnames", [])), held))
-    columns = ("app", "machines", "names", "held back")
-    width = 4 if any(row[3] for row in rows) else 3
-    table(columns[:width], [row[:width] for row in rows])
+    rows = [(one["name"], _count(one["states"]), one["driver"], ", ".join(one["hostnames"])) for one in known]
+    table(("app", "machines", "driver", "names"), rows)
 
 
 def _states(machines: list[dict[str, Any]]) -> str:
     counts: dict[str, int] = {}
     for machine in machines:
-        counts[str(machine.get("state"))] = counts.get(str(machine.get("state")), 0) + 1
-    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
+        counts[machine["state"]] = counts.get(machine["state"], 0) + 1
+    return _count(counts)
 
 
-def _hold(machine: dict[str, Any]) -> str:
-    """Why a machine is not started now, and for how long: set while its starts keep failing."""
-    reason = machine.get("hold_reason")
-    if not reason:
-        return ""
+def _count(states: dict[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
+
+
+def _remark(machine: dict[str, Any]) -> str:
+    """What an operator should know of a machine: that it is held back after failed starts, or a note."""
+    if not machine.get("hold_reason"):
+        return str(machine.get("note") or "")
     left = float(machine.get("hold_until") or 0) - time.time()
-    return f"{reason} (next try in {max(1, round(left))} s)" if left > 0 else str(reason)
+    return f"held back: {machine['hold_reason']}" + (f" (next try in {round(left)} s)" if left >= 0.5 else "")
 
 
 def machine_list(api: Api, app: str | None, as_json: bool) -> None:
@@ -99,17 +102,12 @@ def machine_list(api: Api, app: str | None, as_json: bool) -> None:
         print_json(found)
         return
     rows = [
-        (one["id"], one["app"], one.get("state"), one.get("region"), _group(one), one.get("updated_at"), _hold(one))
+        (one["id"], one["app"], one["state"], one["region"], one["group"], one["updated_at"], _remark(one))
         for one in found
     ]
-    columns = ("id", "app", "state", "region", "group", "changed", "held back")
+    columns = ("id", "app", "state", "region", "group", "changed", "remark")
     width = 7 if any(row[6] for row in rows) else 6
     table(columns[:width], [row[:width] for row in rows])
-
-
-def _group(machine: dict[str, Any]) -> str:
-    metadata = (machine.get("config") or {}).get("metadata") or {}
-    return str(machine.get("group") or metadata.get("fly_process_group") or "app")
 
 
 def machine_status(api: Api, wanted: str, app: str | None, as_json: bool) -> None:
@@ -119,13 +117,23 @@ def machine_status(api: Api, wanted: str, app: str | None, as_json: bool) -> Non
     if as_json:
         print_json({"app": found.app, **machine, "events": events, "wakes": wakes})
         return
-    say(f"{found.id} of {found.app}: {machine.get('state')} in {machine.get('region')}, group {_group(machine)}")
-    if held := _hold(machine):
-        say(f"held back: {held}")
-    for name, value in (wakes or {}).items():
-        if isinstance(value, int | float | str) and value != "":
-            say(f"  last wake, {name.replace('_', ' ')}: {value}")
+    pid = f", pid {machine['pid']}" if machine.get("pid") else ""
+    say(f"{found.id} of {found.app}: {machine['state']} in {machine['region']}, group {machine['group']}{pid}")
+    for endpoint in machine.get("endpoints", []):
+        say(f"  port {endpoint['internal_port']} at {endpoint['host']}:{endpoint['port']}")
+    if remark := _remark(machine):
+        say(f"  {remark}")
+    if wakes:
+        say(f"  {_last_wake(wakes)}")
     table(("when", "event", "status", "by", "detail"), [_event_row(event) for event in events])
+
+
+def _last_wake(wake: dict[str, Any]) -> str:
+    steps = [
+        f"{name} {wake[name]:.1f} ms" for name in ("forked", "listening", "answered") if wake.get(name) is not None
+    ]
+    end = f", failed with {wake['code']}" if wake.get("code") else ""
+    return f"last wake: by {wake['source']} when {wake['from_state']}{''.join(f', {step}' for step in steps)}{end}"
 
 
 def _wakes(api: Api, path: str) -> dict[str, Any] | None:
@@ -158,7 +166,7 @@ def machine_act(api: Api, verb: str, wanted: str, app: str | None, wait_s: float
         try:
             api.post(f"{path}/{verb}", timeout_s=max(wait_s, 1.0) + 30.0)
             if wait_s > 0:
-                wait_for_state(api, found, _TARGET[verb], wait_s)
+                wait_for_state(api, found, _TARGETS[verb], wait_s)
         except ApiError as error:
             raise _act_failed(error, verb, found, wait_s) from None
     now = api.get(path)
@@ -170,15 +178,15 @@ def machine_act(api: Api, verb: str, wanted: str, app: str | None, wait_s: float
     say(f"{found.app}/{found.id}: {done}")
 
 
-def wait_for_state(api: Api, machine: FoundMachine, state: str, wait_s: float) -> None:
-    """Until the machine is in that state; the API answers 408 where it does not come to it in time.
+def wait_for_state(api: Api, machine: FoundMachine, states: str, wait_s: float) -> None:
+    """Until the machine is in one of the states; the API answers 408 where it does not come to it in time.
 
     One request may wait 60 s at most, so a longer wait asks again.
     """
     deadline = time.monotonic() + wait_s
     while True:
         left = max(1, round(deadline - time.monotonic()))
-        query = {"state": state, "timeout": min(60, left)}
+        query = {"state": states, "timeout": min(60, left)}
         try:
             api.get(f"{machine_path(machine.app, machine.id)}/wait", query, timeout_s=min(60, left) + 10.0)
             return
@@ -190,7 +198,7 @@ def wait_for_state(api: Api, machine: FoundMachine, state: str, wait_s: float) -
 def _act_failed(error: ApiError, verb: str, machine: FoundMachine, wait_s: float) -> CliError:
     if error.status == 408:
         return CliError(
-            f"{machine.app}/{machine.id} was not {_TARGET[verb]} after {wait_s:g} s: see `wakefront machine status "
+            f"{machine.app}/{machine.id} was not {_DONE[verb]} after {wait_s:g} s: see `wakefront machine status "
             f"{machine.id}` and `wakefront logs {machine.app}`."
         )
     said = error.body.get("error") if isinstance(error.body, dict) else error.body
@@ -209,35 +217,26 @@ def reload(api: Api, as_json: bool) -> None:
     if as_json:
         print_json(answer)
         return
-    changes = [
-        f"{word} {', '.join(map(str, answer[word]))}"
-        for word in ("added", "changed", "removed")
-        if isinstance(answer, dict) and answer.get(word)
-    ]
-    say("reloaded" + (": " + "; ".join(changes) if changes else ""))
-    for warning in (answer or {}).get("warnings", []) if isinstance(answer, dict) else []:
-        say(f"warning: {warning if isinstance(warning, str) else json.dumps(warning)}")
+    changes = [f"{word} {', '.join(answer[word])}" for word in ("added", "changed", "removed") if answer[word]]
+    say("reloaded" + (": " + "; ".join(changes) if changes else ", no app is new or changed"))
+    for warning in answer["warnings"]:
+        say(f"warning: {warning}")
 
 
 def _faults(body: dict[str, Any], fallback: str) -> str:
-    faults = body.get("faults") or []
-    if not faults:
+    if not body.get("faults"):
         return fallback
-    shown = "\n".join(f"  {one if isinstance(one, str) else _fault(one)}" for one in faults)
+    shown = "\n".join(f"  {one['text']}" for one in body["faults"])
     return f"Nothing was changed, the new configuration has faults:\n{shown}"
-
-
-def _fault(fault: dict[str, Any]) -> str:
-    text = fault.get("text") or fault.get("message") or json.dumps(fault)
-    place = ":".join(str(fault[key]) for key in ("file", "line") if fault.get(key))
-    return f"{place}: {text}" if place and not str(text).startswith(place) else str(text)
 
 
 def logs(api: Api, app: str, follow: bool, lines: int, as_json: bool) -> None:
     query = {"follow": int(follow), "lines": lines}
     try:
         for line in api.stream(f"{app_path(app)}/logs", query, timeout_s=None if follow else 30.0):
-            say(json.dumps({"name": app, "line": line}, ensure_ascii=False) if as_json else line)
+            machine, _, text = line.partition(" ")
+            fact = {"name": app, "machine": machine, "line": text}
+            say(json.dumps(fact, ensure_ascii=False) if as_json else line)
     except ApiError as error:
         raise unknown_app(api, app) if error.status == 404 else error from None
     if follow:
@@ -253,10 +252,10 @@ def certs_ca(api: Api, as_json: bool) -> None:
 
 
 def ca_pem(api: Api) -> str:
-    """The root of the internal CA. The node sends PEM as it is, or in a JSON object."""
-    raw = api.text("/v1/certs/ca")
-    if raw.lstrip().startswith("{"):
-        raw = str(json.loads(raw).get("pem", ""))
-    if "BEGIN CERTIFICATE" not in raw:
-        raise CliError("The node sent no root certificate: are its certificates from the internal CA?")
-    return raw
+    """The root of the internal CA, which exists once a first certificate was asked for."""
+    try:
+        return api.text("/v1/certs/ca")
+    except ApiError as error:
+        if error.status == 404 and isinstance(error.body, dict):
+            raise CliError(f"There is no root certificate: {error.body.get('error')}.") from None
+        raise

@@ -8,6 +8,7 @@ they are put on one scale by Unix time, so the bench runs on the node's host.
 from __future__ import annotations
 
 import http.client
+import json
 import ssl
 import sys
 from collections.abc import Iterator
@@ -88,13 +89,20 @@ def _target(api: Api, app: str, path: str, plain: bool) -> Target:
 
 
 def listen_address(api: Api, public_port: int) -> tuple[str, int]:
-    """Where the node has bound a public port; a wildcard address is reached through loopback."""
-    listen = api.get("/v1/status").get("listen") or []
+    """Where the node has bound a public port, by what its supervisor has written down; a wildcard means loopback."""
+    data_dir = api.node.data_dir
+    if data_dir is None:
+        raise CliError("The bench runs where the node runs: name its config.toml with --config.", USAGE)
+    record = data_dir / "run" / "children.json"
+    try:
+        listen = json.loads(record.read_text())["listen"]
+    except (OSError, ValueError) as error:
+        raise CliError(f"Cannot read where the node listens ({record}: {error}).") from error
     for one in listen:
-        if one.get("public_port") == public_port:
+        if one["public_port"] == public_port:
             host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(one["host"], one["host"])
             return host, int(one["port"])
-    raise CliError(f"The node listens on no address for port {public_port}: see [listen] in its config.toml.")
+    raise CliError(f"The node listens on no address for port {public_port}: see [listen] in its config.toml.", USAGE)
 
 
 def _run(api: Api, app: str, target: Target, suspend: bool) -> dict[str, Any]:
@@ -113,8 +121,9 @@ def _put_to_sleep(api: Api, app: str, state: str) -> list[FoundMachine]:
     found = [FoundMachine(app, str(one["id"]), str(one["state"]), one) for one in list_machines(api, app)]
     if not found:
         raise CliError(f"{app} has no machine here that could be started.")
+    asleep = ("stopped", "created", "failed") if state == "stopped" else ("suspended",)
     for machine in found:
-        if machine.state == state:
+        if machine.state in asleep:
             continue
         if state == "suspended" and machine.state != "started":
             # only a running machine can be frozen

@@ -34,6 +34,7 @@ class Node:
     port: int
     token: str
     token_from: str  # for messages
+    data_dir: Path | None = None  # where the node keeps its files, if its config.toml is here
 
     @property
     def address(self) -> str:
@@ -65,11 +66,12 @@ def find_node(config: Path | None, admin: str | None) -> Node:
         raise CliError(
             f"No config file at {path}: name one with --config FILE or {CONFIG_VARIABLE}, or go to its folder.", USAGE
         )
-    configured, token_path = _read_config(path)
+    configured, data_dir = _read_config(path)
+    token_path = data_dir / "admin.token"
     host, port = _split_address(admin, "--admin") if admin is not None else _split_address(configured, str(path))
     if token:
-        return Node(host, port, token, TOKEN_VARIABLE)
-    return Node(host, port, _read_token(token_path, path), str(token_path))
+        return Node(host, port, token, TOKEN_VARIABLE, data_dir)
+    return Node(host, port, _read_token(token_path, path), str(token_path), data_dir)
 
 
 def _read_config(path: Path) -> tuple[str, Path]:
@@ -83,7 +85,7 @@ def _read_config(path: Path) -> tuple[str, Path]:
     data_dir = node.get("data_dir", DEFAULT_DATA_DIR) if isinstance(node, dict) else DEFAULT_DATA_DIR
     if not isinstance(admin, str) or not isinstance(data_dir, str):
         raise CliError(f"{path} is not valid: see `wakefront check --config {path}`.", USAGE)
-    return admin, (path.resolve().parent / Path(data_dir).expanduser()) / "admin.token"
+    return admin, path.resolve().parent / Path(data_dir).expanduser()
 
 
 def _read_token(token_path: Path, config: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ _VERBS = {"start": "started", "stop": "stopped", "suspend": "suspended", "restar
 
 
 def machine(identity: str, state: str = "stopped", **more: Any) -> dict[str, Any]:
-    return {"id": identity, "name": identity, "state": state, "region": "ams", **more}
+    facts = {"region": "ams", "group": "app", "updated_at": "2026-01-01T00:00:00Z", "note": "", "in_flight": 0}
+    return {"id": identity, "name": identity, "state": state, **facts, **more}
 
 
 class ScriptedAdmin:
@@ -31,8 +33,8 @@ class ScriptedAdmin:
         self.events: dict[str, list[dict[str, Any]]] = {}
         self.wakes: dict[str, dict[str, Any]] = {}
         self.log_lines: dict[str, list[str]] = {}
-        self.status: dict[str, Any] = {"name": "node-1", "region": "ams", "listen": []}
-        self.reload_answer: tuple[int, Any] = (200, {"ok": True})
+        self.warnings: list[str] = []
+        self.reload_answer: tuple[int, Any] = (200, {"added": [], "changed": [], "removed": [], "warnings": []})
         self.refuses: dict[str, tuple[int, Any]] = {}  # verb -> answer
         self.stuck = False  # no machine ever comes to the state waited for
         self.follow_released: asyncio.Event
@@ -63,11 +65,22 @@ class ScriptedAdmin:
         return response
 
     async def _status(self, _: web.Request) -> web.Response:
-        return web.json_response(self.status)
+        apps = [{**self._facts(name), "machines": machines} for name, machines in self.apps.items()]
+        workers = [
+            {"id": 0, "slot": 0, "pid": 12, "linked": True, "connections": 3},
+            {"id": 1, "slot": 1, "pid": None, "linked": False, "connections": 0},
+        ]
+        facts = {"name": "node-1", "region": "ams", "version": "0.1.0", "ready": True, "uptime_s": 7500.0}
+        control = {"pid": 11, "incarnation": 1}
+        more = {"control": control, "workers": workers, "apps": apps, "warnings": self.warnings}
+        return web.json_response({**facts, **more})
 
     def _facts(self, name: str) -> dict[str, Any]:
         hostnames = self.hostnames.get(name, [f"{name}.apps.localhost"])
-        return {"id": name, "name": name, "machine_count": len(self.apps[name]), "hostnames": hostnames}
+        states: dict[str, int] = {}
+        for one in self.apps[name]:
+            states[one["state"]] = states.get(one["state"], 0) + 1
+        return {"id": name, "name": name, "states": states, "driver": "process", "hostnames": hostnames}
 
     async def _apps(self, _: web.Request) -> web.Response:
         return web.json_response({"total_apps": len(self.apps), "apps": [self._facts(name) for name in self.apps]})
@@ -104,7 +117,7 @@ class ScriptedAdmin:
 
     async def _wait(self, request: web.Request) -> web.Response:
         one = self._find(request)
-        if one["state"] != request.query["state"]:
+        if one["state"] not in request.query["state"].split(","):
             return web.json_response({"error": "deadline exceeded"}, status=408)
         return web.json_response({"ok": True, "state": one["state"]})
 
@@ -166,9 +179,15 @@ def serving(admin: ScriptedAdmin) -> Iterator[asyncio.AbstractEventLoop]:
         loop.close()
 
 
+def write_listen(folder: Path, *listen: tuple[int, str, int]) -> None:
+    """The supervisor's record of its public ports: (public port, host, port)."""
+    bound = [{"public_port": public, "host": host, "port": port} for public, host, port in listen]
+    (folder / "data" / "run" / "children.json").write_text(json.dumps({"listen": bound}))
+
+
 def write_config(folder: Path, port: int, token: str | None = TOKEN) -> Path:
     """A config.toml that names this admin API, and its token file."""
-    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data" / "run").mkdir(parents=True, exist_ok=True)
     if token is not None:
         (folder / "data" / "admin.token").write_text(token + "\n")
     config = folder / "config.toml"

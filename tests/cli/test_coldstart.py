@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.cli import scripted_admin
 from tests.cli.conftest import Run
 from tests.cli.origin import Authority, origin, read_head
-from tests.cli.scripted_admin import ScriptedAdmin
+from tests.cli.scripted_admin import TOKEN, ScriptedAdmin, write_listen
 
 ID = "148e1234567890"
 
@@ -35,15 +36,12 @@ class Listener:
 
 
 @pytest.fixture
-def listener(node: ScriptedAdmin, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+def listener(node: ScriptedAdmin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Listener]:
     authority = Authority("hello.apps.localhost")
     monkeypatch.setattr(scripted_admin, "PEM", authority.pem)
     listener = Listener(node)
     with origin(listener, authority) as (host, port), origin(listener) as (_, plain_port):
-        node.status["listen"] = [
-            {"public_port": 80, "host": "0.0.0.0", "port": plain_port},
-            {"public_port": 443, "host": host, "port": port},
-        ]
+        write_listen(tmp_path, (80, "0.0.0.0", plain_port), (443, host, port))
         yield listener
 
 
@@ -102,7 +100,24 @@ def test_an_app_that_does_not_come_up_ends_the_bench_with_its_reason(listener: L
     assert len(listener.states_met) == 1
 
 
-def test_a_node_that_does_not_listen_on_the_port_says_so(node: ScriptedAdmin, run: Run) -> None:
+def test_a_node_that_does_not_listen_on_the_port_says_so(node: ScriptedAdmin, run: Run, tmp_path: Path) -> None:
+    write_listen(tmp_path)
     ended = run("bench", "coldstart", "-a", "hello", "--http")
-    assert ended.code == 1
+    assert ended.code == 2
     assert "port 80" in ended.err
+
+
+def test_a_node_elsewhere_is_not_measured_from_here(
+    node: ScriptedAdmin, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.toml").unlink()
+    monkeypatch.setenv("WAKEFRONT_TOKEN", TOKEN)
+    ended = run("bench", "coldstart", "-a", "hello", "--http", "--admin", f"127.0.0.1:{node.port}")
+    assert ended.code == 2
+    assert "--config" in ended.err
+
+
+def test_a_machine_that_never_ran_is_cold_already(listener: Listener, run: Run, node: ScriptedAdmin) -> None:
+    node.apps["hello"][0]["state"] = "created"
+    assert run("bench", "coldstart", "-a", "hello", "-n", "1", "--json").code == 0
+    assert not [path for method, path in node.asked if method == "POST"]

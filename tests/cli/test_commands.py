@@ -54,14 +54,25 @@ def test_machine_list_names_the_app_of_each(node: ScriptedAdmin, run: Run) -> No
 
 def test_a_machine_held_back_shows_why(node: ScriptedAdmin, run: Run) -> None:
     node.apps["echo"] = [machine("24abcd34567890", hold_reason="exit code 78", hold_until=time.time() + 30)]
-    for words in (("machine", "list"), ("apps",), ("status",)):
+    for words in (("machine", "list"), ("machine", "status", "echo"), ("status",)):
         out = run(*words).out
-        assert "exit code 78" in out and "next try in" in out
+        assert "held back: exit code 78" in out and "next try in" in out
 
 
 def test_status_as_json_is_the_node_s_own_answer(node: ScriptedAdmin, run: Run) -> None:
-    assert run("status", "--json").json == node.status
-    assert "node-1" in run("status").out
+    node.warnings = ["the disk is full"]
+    answer = run("status", "--json").json
+    assert (answer["name"], answer["workers"][0]["pid"]) == ("node-1", 12)
+    out = run("status").out
+    for word in (
+        "node node-1",
+        "up 2 h",
+        "control pid 11",
+        "0 (pid 12, 3 connections)",
+        "not linked: 1",
+        "disk is full",
+    ):
+        assert word in out
 
 
 # --- no such app, no such machine
@@ -109,7 +120,15 @@ def test_a_verb_is_asked_and_its_state_awaited(node: ScriptedAdmin, run: Run, ve
     assert ended.json == {"app": "hello", "id": "148e1234567890", "previous_state": "started", "state": state}
     prefix = "/v1/apps/hello/machines/148e1234567890"
     assert ("POST", f"{prefix}/{verb}") in node.asked
-    assert any(path.startswith(f"{prefix}/wait?state={state}&") for _, path in node.asked)
+    assert any(path.startswith(f"{prefix}/wait?state={state}") for _, path in node.asked)
+
+
+def test_stopping_a_machine_that_never_ran_does_not_wait_for_what_cannot_be(node: ScriptedAdmin, run: Run) -> None:
+    node.apps["hello"] = [machine("148e1234567890", "created")]
+    node.stuck = True
+    began = time.monotonic()
+    assert run("machine", "stop", "hello").code == 0
+    assert time.monotonic() - began < 5
 
 
 def test_a_verb_without_waiting_only_asks(node: ScriptedAdmin, run: Run) -> None:
@@ -142,8 +161,13 @@ def test_machine_status_tells_how_it_ended(node: ScriptedAdmin, run: Run) -> Non
             "request": {"exit_event": {"exit_code": None, "signal": 9}},
         },
     ]  # fmt: skip
+    node.wakes["148e1234567890"] = {
+        "asked_at": 1.7e9, "source": "proxy", "from_state": "stopped", "asked": 0.0, "forked": 1.25, "listening": 60.0,
+        "answered": None, "code": None,
+    }  # fmt: skip
     out = run("machine", "status", "hello").out
     assert "exit code 3" in out and "signal 9" in out
+    assert "last wake: by proxy when stopped, forked 1.2 ms, listening 60.0 ms" in out
     assert run("machine", "status", "hello", "--json").json["events"][0]["id"] == "01J"
 
 
@@ -154,7 +178,9 @@ def test_logs_prints_the_last_lines(node: ScriptedAdmin, run: Run) -> None:
     node.log_lines["hello"] = [f"line {n}" for n in range(10)]
     assert run("logs", "hello", "-n", "3").out == "line 7\nline 8\nline 9\n"
     assert run("logs", "hello", "-n", "0").out == ""
-    assert json.loads(run("logs", "hello", "-n", "1", "--json").out) == {"name": "hello", "line": "line 9"}
+    node.log_lines["hello"] = ["148e1234567890 out of memory"]
+    line = {"name": "hello", "machine": "148e1234567890", "line": "out of memory"}
+    assert json.loads(run("logs", "hello", "-n", "1", "--json").out) == line
 
 
 def test_logs_follows_with_lines_that_come_later(
@@ -201,13 +227,13 @@ def test_a_reader_that_leaves_gets_no_traceback(node: ScriptedAdmin, tmp_path: P
 
 
 def test_reload_tells_what_changed(node: ScriptedAdmin, run: Run) -> None:
-    node.reload_answer = (200, {"ok": True, "added": ["shop"], "changed": [], "removed": ["old"]})
-    assert run("reload").out == "reloaded: added shop; removed old\n"
+    node.reload_answer = (200, {"added": ["shop"], "changed": [], "removed": ["old"], "warnings": ["slow disk"]})
+    assert run("reload").out == "reloaded: added shop; removed old\nwarning: slow disk\n"
     assert node.asked == [("POST", "/v1/reload")]
 
 
 def test_a_faulty_reload_lists_every_fault_and_changes_nothing(node: ScriptedAdmin, run: Run) -> None:
-    faults = [{"file": "config.toml", "line": 3, "message": "workers: 'two' is not a number"}, "another one"]
+    faults = [{"text": "config.toml:3: workers: 'two' is not a number"}, {"text": "another one"}]
     node.reload_answer = (422, {"error": "configuration has faults", "faults": faults})
     ended = run("reload")
     assert ended.code == 1
