@@ -296,6 +296,7 @@ class _ConfigReader:
         self.reader = source.reader
         self.top = Table(source.reader, document)
         self.app_faults: list[Fault] = []
+        self.read_paths: set[str] = set()
         self.keys: list[KeyUse] = []
 
     def read(self) -> NodeConfig:
@@ -548,7 +549,9 @@ class _AppReader:
         if result is None and not os.path.isfile(path):
             self.table.error("fly_toml", f"expected a file: there is no {path}")
             return path, None
-        self.config.app_faults += [one for one in faults if one not in self.config.app_faults]
+        if path not in self.config.read_paths:  # two apps may share a file: its faults are told once
+            self.config.read_paths.add(path)
+            self.config.app_faults += faults
         return path, result
 
     def _name(self, fly: FlyToml, path: str | None) -> AppName | None:

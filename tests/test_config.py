@@ -453,6 +453,7 @@ _values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(_names, _values, max_size=6))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_document_makes_loading_raise(document: dict[str, Any]) -> None:

@@ -217,12 +217,12 @@ UDP_SERVICE: Final = "UDP is not served yet"
 ALIASES: Final = {"mount": "mounts", "compute": "vm", "computes": "vm", "metric": "metrics"}
 
 
-def classify_keys(document: Mapping[str, object], keys: Mapping[str, str] = KEYS) -> tuple[KeyUse, ...]:
+def classify_keys(document: Mapping[str, object]) -> tuple[KeyUse, ...]:
     """Say of each key in a parsed fly.toml whether it is used, kept or unknown, in the order of the file.
 
     A section in which nothing is set counts as its first key would. Below an unknown key nothing is looked at.
     """
-    return tuple(_walk(document, (), "", _tree(keys), None))
+    return tuple(_walk(document, (), "", _TREE, None))
 
 
 class _Node(dict[str, "_Node"]):
@@ -239,6 +239,9 @@ def _tree(keys: Mapping[str, str]) -> _Node:
             node = node.setdefault(part, _Node())
         node.reason = reason
     return root
+
+
+_TREE: Final = _tree(KEYS)
 
 
 def _walk(

@@ -414,14 +414,17 @@ class _FlyTomlReader:
 
     def _service_of(self, table: Table, protocol: str, ports: tuple[Port, ...], checks: tuple[Check, ...]) -> Service:
         kind, soft, hard = self._concurrency(table)
+        autostop, autostart = self._autostop(table), table.flag("auto_start_machines", True)
+        if autostop is not Autostop.OFF and not autostart:
+            table.warn("auto_start_machines", "machines that stopped for want of load are never started again")
         self.machine_checks += self._machine_checks(table)
         return Service(
             protocol=protocol,
             internal_port=table.integer("internal_port", 1, 65535, numeric_string=True) or 8080,
             ports=ports,
             processes=self._groups_of(table),
-            autostop=self._autostop(table),
-            autostart=table.flag("auto_start_machines", True),
+            autostop=autostop,
+            autostart=autostart,
             min_machines_running=table.integer("min_machines_running", 0, 1_000_000) or 0,
             concurrency_type=kind,
             soft_limit=soft,
@@ -692,7 +695,8 @@ class _FlyTomlReader:
         table.size_bytes("auto_extend_size_limit", bare_unit_bytes=GB)
         if not self._check_mount(table, source, destination) or source is None or destination is None:
             return None
-        return Volume(source, destination, groups, size, retention, scheduled)
+        inside = "/" + "/".join(one for one in destination.split("/") if one not in ("", "."))
+        return Volume(source, inside, groups, size, retention, scheduled)
 
     def _check_mount(self, table: Table, source: str | None, destination: str | None) -> bool:
         # the source names a folder of ours: nothing in it may lead elsewhere

@@ -210,6 +210,7 @@ def test_a_reading_of_a_fly_toml_can_be_read_again_by_json(folder: Path) -> None
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.slow
 def test_the_installed_command_ends_with_the_status(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(check.__file__).parents[2])}
     run = [sys.executable, "-m", "proxy", "check"]

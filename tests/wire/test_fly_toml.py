@@ -122,6 +122,12 @@ def test_autostart_is_on_unless_the_file_says_otherwise() -> None:
     assert not valid("[http_service]\nauto_start_machines = false").services[0].autostart
 
 
+def test_machines_that_stop_and_never_start_are_a_warning() -> None:
+    text = '[http_service]\nauto_stop_machines = "stop"\nauto_start_machines = false'
+    assert faults(text).keys() == {"http_service.auto_start_machines"}
+    assert faults(text.replace("stop", "off", 2).replace("auto_off", "auto_stop")) == {}
+
+
 def test_old_concurrency_counts_requests() -> None:
     service = valid('[[services]]\nconcurrency = "20, 25"').services[0]
     assert (service.concurrency_type, service.soft_limit, service.hard_limit) == (ConcurrencyType.REQUESTS, 20, 25)
@@ -262,6 +268,12 @@ def test_a_mount_is_never_over_the_root(destination: str) -> None:
     assert errors(f'[mounts]\nsource = "d"\ndestination = "{destination}"') == {"mounts.destination"}
 
 
+def test_a_relative_destination_counts_from_the_root() -> None:
+    text = '[mounts]\nsource = "d"\ndestination = "var//lib/./d/"'
+    assert valid(text).mounts[0].destination == "/var/lib/d"
+    assert "mounts.destination" in faults(text)
+
+
 # --- the fate of keys
 
 
@@ -316,6 +328,7 @@ _values = st.recursive(
 _documents = st.dictionaries(_names, _values, max_size=8)
 
 
+@pytest.mark.slow
 @given(_documents)
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_document_makes_the_reader_raise(document: dict[str, Any]) -> None:
