@@ -32,15 +32,17 @@ class ProcessStat:
     cpu_ticks: int
     start_ticks: int
     rss_pages: int
+    threads: int
 
     @property
     def stands_still(self) -> bool:
-        """Stopped, or ended: it uses no CPU until somebody acts on it."""
+        """Stopped, or ended."""
         return self.state in "TtZX"
 
     @property
     def has_ended(self) -> bool:
-        return self.state in "ZX"
+        """A first thread that left while others work on looks like a zombie too."""
+        return self.state in "ZX" and self.threads <= 1
 
 
 def read_stat(pid: int) -> ProcessStat | None:
@@ -58,6 +60,7 @@ def read_stat(pid: int) -> ProcessStat | None:
         cpu_ticks=int(fields[11]) + int(fields[12]),
         start_ticks=int(fields[19]),
         rss_pages=int(fields[21]),
+        threads=int(fields[17]),
     )
 
 

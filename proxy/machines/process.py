@@ -198,7 +198,7 @@ class ProcessDriver:
         stat = proc.read_stat(running.pid)
         if stat is None or stat.start_ticks != running.start_ticks:
             return None
-        if stat.has_ended:
+        if stat.state in "ZX":  # its environment is gone; nobody but its parent can free the pid
             return running
         environ = proc.environment(running.pid)
         if (

@@ -159,9 +159,44 @@ async def test_one_that_was_frozen_can_be_resumed_whole(tmp_path: Path) -> None:
         await first.close()
         async with driver_at(tmp_path) as (second, _):
             assert second.adopt(one, running) == running
-            assert [proc.read_stat(pid).state for pid in pids] == ["T", "T"]  # type: ignore[union-attr] # they exist
+            assert [_state(pid) for pid in pids] == ["T", "T"]
             await second.resume(one.id)
-            await until(lambda: [proc.read_stat(pid).state for pid in pids] == ["R", "R"], "both run again")  # type: ignore[union-attr]
+            await until(lambda: [_state(pid) for pid in pids] == ["R", "R"], "both run again")
+
+
+async def test_a_frozen_machine_stays_frozen_when_its_control_is_killed(tmp_path: Path) -> None:
+    one = spec(tmp_path, *python(_FROM_TERM_9))
+    async with orphanage(one, tmp_path) as parent, driver_at(tmp_path) as (driver, exits):
+        await said(one, "up")
+        os.killpg(parent.running.pid, signal.SIGSTOP)
+        await until(lambda: _state(parent.running.pid) == "T", "it stands still")
+        await parent.kill_control()
+        assert driver.adopt(one, parent.running) == parent.running
+        assert _state(parent.running.pid) == "T"
+        await driver.resume(one.id)
+        await until(lambda: _state(parent.running.pid) == "S", "it goes on")
+        assert exits.all == []
+
+
+async def test_a_program_whose_first_thread_left_is_no_zombie(tmp_path: Path) -> None:
+    exit_thread = {"x86_64": 60, "aarch64": 93}.get(os.uname().machine)
+    if exit_thread is None:
+        pytest.skip(f"the number of the exit system call on {os.uname().machine} is not known here")
+    script = (
+        "import ctypes,threading,time\nthreading.Thread(target=time.sleep,args=(1000,)).start()\n"
+        f"print('up'); ctypes.CDLL(None).syscall({exit_thread},0)"
+    )
+    async with driver_at(tmp_path) as (first, exits):
+        one = spec(tmp_path, *python(script))
+        running = await first.start(one, started)
+        await until(lambda: _state(running.pid) == "Z", "its first thread left")
+        assert is_alive(running.pid)
+        assert exits.all == []
+        await first.close()
+        async with driver_at(tmp_path) as (second, exits):
+            assert second.adopt(one, running) == running
+            await second.stop(one.id, signal.SIGTERM, 5)
+            assert exits.all[0][2] == Exit(signal=signal.SIGTERM)
 
 
 async def test_a_reused_pid_fools_nobody(tmp_path: Path) -> None:
@@ -261,3 +296,8 @@ def _myself() -> Running:
     found = proc.read_stat(os.getpid())
     assert found is not None
     return Running(found.pid, found.start_ticks)
+
+
+def _state(pid: int) -> str:
+    found = proc.read_stat(pid)
+    return found.state if found is not None else "gone"
