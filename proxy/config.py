@@ -520,7 +520,7 @@ class _AppReader:
             machines=machines,
             keys=result.keys,
         )
-        self._check_counts(app)
+        self._check_ports(app)
         return app, table
 
     # --- which app it is
@@ -676,18 +676,35 @@ class _AppReader:
                 counts[group] = count
         return counts
 
-    def _check_counts(self, app: AppConfig) -> None:
-        """Warn where machines of a group would all bind the port that their program has fixed."""
-        if app.driver != "process" or app.own_network:
+    def _check_ports(self, app: AppConfig) -> None:
+        """Warn where machines would not listen on the ports of their own that they are given."""
+        if app.driver != "process":
             return
-        for group in app.groups:
-            takes_port = any("{port" in word or "$PORT" in word or "${PORT" in word for word in group.command)
-            if group.internal_ports and group.count > 1 and not takes_port:
+        for group in (one for one in app.groups if one.count):
+            named = {int(found) for word in group.command for found in re.findall(r"\{port:([0-9]{1,5})\}", word)}
+            for port in named - set(group.internal_ports):
                 self.table.warn(
-                    "count",
-                    f"{group.count} machines of {group.name!r} share this host's ports: each must listen on its own, "
-                    'from PORT in its environment or {port} in the command; else use network = "namespace"',
+                    "command", f"{{port:{port}}}: {group.name!r} has no service with the internal port {port}"
                 )
+            if not app.own_network and group.internal_ports:
+                self._check_fixed_port(group)
+
+    def _check_fixed_port(self, group: GroupConfig) -> None:
+        if any("{port" in word or "$PORT" in word or "${PORT" in word for word in group.command):
+            return
+        cure = 'PORT in its environment or {port} in the command; else use network = "namespace"'
+        for port in group.internal_ports:
+            if any(re.search(rf"(?<![0-9]){port}(?![0-9])", word) for word in group.command):
+                expected = (
+                    f"the command of {group.name!r} names port {port}, but each machine has a port of its own: {cure}"
+                )
+                self.table.warn("command", expected)
+                return
+        if group.count > 1:
+            expected = (
+                f"{group.count} machines of {group.name!r} share this host's ports: each must listen on its own: {cure}"
+            )
+            self.table.warn("count", expected)
 
     def _user(self) -> str | None:
         user = _matching(

@@ -369,6 +369,21 @@ def test_several_machines_on_one_fixed_port_are_a_warning(node: Node) -> None:
     assert "apps[0].count" not in node.warnings(APP + fixed)
 
 
+def test_a_command_that_names_the_internal_port_is_a_warning(node: Node) -> None:
+    web = 'command = {{ web = "python3 web.py --bind 0.0.0.0:{}" }}\n'
+    assert "8080" in node.warnings(APP + web.format(8080))["apps[0].command"]
+    assert "apps[0].command" not in node.warnings(APP + web.format(80801))
+    assert "apps[0].command" not in node.warnings(APP + web.format("{port}"))
+    assert "apps[0].command" not in node.warnings(APP + web.format(8080) + 'network = "namespace"\n')
+    assert "apps[0].command" not in node.warnings(APP + web.format(8080) + "count = 0\n")
+
+
+def test_a_port_of_no_service_in_the_command_is_a_warning(node: Node) -> None:
+    web = 'command = {{ web = "python3 web.py {{port:{}}}" }}\n'
+    assert "9999" in node.warnings(APP + web.format(9999))["apps[0].command"]
+    assert "apps[0].command" not in node.warnings(APP + web.format(8080))
+
+
 def test_machines_that_run_as_root_are_a_warning(node: Node) -> None:
     assert "apps[0].user" in node.warnings(APP, ROOT_USER)
     assert "apps[0].user" in node.warnings(APP + 'user = "root"', ROOT_USER)
