@@ -2,6 +2,17 @@
 
 Standard library only. A place is control or a worker slot; a child is the process in it. When to start, kill or give
 up is the supervisor's; here is how.
+
+Over the channel go JSON objects, one a datagram; unknown ones are ignored:
+
+    child -> supervisor     {"op": "ready"}                     it serves
+    control -> supervisor   {"op": "reap", "pid": P}            this orphan's end is on record
+    supervisor -> child     {"op": "drain"}                     finish and end (workers get SIGTERM too)
+    supervisor -> control   {"op": "reload"}                    SIGHUP came
+                            {"op": "exited", "pid": P, "code": C, "signal": S}    an orphan has ended; one is null
+    supervisor -> worker    {"op": "cover", "slot": S, "public_ports": [...]}     with copies of the listening sockets
+                            of a slot that can't start, in that order: accept there too
+                            {"op": "uncover", "slot": S}        close them again
 """
 
 from __future__ import annotations
@@ -15,7 +26,7 @@ import socket
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -23,6 +34,7 @@ QUICK_DEATH_S = 5.0  # a life shorter than this counts as a failed start
 LONG_LIFE_S = 30.0  # and one this long forgives them
 BACKOFF_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 BACKOFF_AFTER_READY = 3  # a child that had served comes back within 0.4 s however often it dies
+COVER_FAILURES = 3  # quick deaths after which another worker accepts for a slot
 EXIT_FAILED = 70  # it ended by an exception; the traceback is on stderr
 _DATAGRAM_BYTES = 65_536
 _DATAGRAMS_A_TURN = 256
@@ -66,11 +78,15 @@ class Child:
         """Send without queueing. False: not now, or (if there is no `wants_room`) never again."""
         return not self._outbox and self._try_send(json.dumps(message).encode())
 
-    def _try_send(self, datagram: bytes) -> bool:
+    def send_sockets(self, message: dict[str, Any], sockets: Sequence[socket.socket]) -> bool:
+        """Like `send_now`, with copies of the sockets."""
+        return not self._outbox and self._try_send(json.dumps(message).encode(), [one.fileno() for one in sockets])
+
+    def _try_send(self, datagram: bytes, fds: Sequence[int] = ()) -> bool:
         if self.gone_quiet:
             return False
         try:
-            self.channel.send(datagram)
+            socket.send_fds(self.channel, [datagram], fds)
         except BlockingIOError:
             self.wants_room = True
             return False
@@ -135,6 +151,7 @@ class Place:
     child: Child | None = None
     failures: int = 0  # quick deaths in a row
     start_at: float | None = None  # when to fill it again
+    covered_by: Child | None = None  # the worker that accepts for this slot while it can't start
 
     @property
     def name(self) -> str:
@@ -144,6 +161,11 @@ class Place:
     def process_name(self) -> str:
         """As `ps` and `top` show it."""
         return "wf-control" if self.role == "control" else f"wf-worker-{self.slot}"
+
+    @property
+    def cannot_start(self) -> bool:
+        """It has failed so often that clients who wait at its sockets would wait long."""
+        return self.failures >= COVER_FAILURES and (self.child is None or not self.child.ready)
 
     def after_death(self, lived_s: float, was_ready: bool) -> float:
         """Count a death; the seconds to wait before the next start."""

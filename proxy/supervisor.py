@@ -385,7 +385,26 @@ class Supervisor:
             self._log("info", f"{place.name} (pid {child.pid}) {how}")
             if place is self._control:
                 self.stage = Stage.ENDED
+        self._cover()
         self._changed()
+
+    def _cover(self) -> None:
+        """While a slot can't start, have another worker accept there: the kernel goes on sending clients to it."""
+        if self.stage is not Stage.SERVING:
+            return
+        live = [place.child for place in self._workers if place.child is not None and place.child.ready]
+        for place in self._workers:
+            covered = place.covered_by is not None and place.covered_by in live
+            if place.cannot_start and not covered and live:
+                held = self._listeners[place.slot]
+                message = {"op": "cover", "slot": place.slot, "public_ports": [one.public_port for one in held]}
+                if live[0].send_sockets(message, [one.socket for one in held]):
+                    place.covered_by = live[0]
+                    self._log("warning", f"{place.name} can't start: worker pid {live[0].pid} accepts for it")
+            elif not place.cannot_start:
+                if covered and place.covered_by is not None:
+                    self._send(place.covered_by, {"op": "uncover", "slot": place.slot})
+                place.covered_by = None
 
     def _replace(self, place: Place, now: float, delay: float, how: str) -> None:
         if self.stage is Stage.STOPPING:
@@ -443,6 +462,7 @@ class Supervisor:
             return
         if op == "ready":
             child.ready = True
+            self._cover()
             self._changed()
             self._announce_ready()
         elif op == "reap" and place is self._control and isinstance(pid, int):

@@ -101,6 +101,24 @@ def test_a_worker_that_cannot_start_is_tried_ever_more_rarely_and_others_serve(n
     node.wait_replaced("worker", 1, old)
 
 
+def test_while_a_worker_cannot_start_another_answers_those_who_wait_at_its_sockets(tmp_path: Path) -> None:
+    with Supervised(tmp_path, workers=3) as node:
+        node.wait_ready()
+        node.tell("worker-2-crashes")
+        os.kill(node.pid_of("worker", 2), signal.SIGKILL)
+        (cover,) = wait_for(lambda: node.messages("worker", "cover"), 10, lambda: f"covered\n{node.log()}")
+        assert cover["message"] == {"op": "cover", "slot": 2, "public_ports": [80]}
+        assert {node.ask_worker()["slot"] for _ in range(40)} == {0, 1}
+        # The one that covers dies: another takes over.
+        os.kill(cover["pid"], signal.SIGKILL)
+        second = wait_for(lambda: node.messages("worker", "cover")[1:], 10, lambda: f"covered again\n{node.log()}")[0]
+        assert second["pid"] != cover["pid"]
+        assert {node.ask_worker()["slot"] for _ in range(40)} == {0, 1}
+        node.tell("worker-2-crashes", False)
+        wait_for(lambda: node.messages("worker", "uncover"), 10, lambda: f"uncovered\n{node.log()}")
+        wait_for(lambda: node.ask_worker()["slot"] == 2, 10, "it serves again")
+
+
 def test_back_off_grows_with_quick_deaths_and_a_long_life_forgives() -> None:
     place = Place("worker", 0, 1)
     assert [place.after_death(0.1, False) for _ in range(9)] == [0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]

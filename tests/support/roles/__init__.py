@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,15 @@ class Role:
         self.channel.send(json.dumps(message).encode())
 
     def hear(self) -> list[dict[str, Any]]:
-        """All messages of the supervisor that wait now."""
+        """All messages of the supervisor that wait now; sockets that come along are under "sockets"."""
         messages: list[dict[str, Any]] = []
         while True:
             try:
-                datagram = self.channel.recv(65_536)
+                datagram, fds, _, _ = socket.recv_fds(self.channel, 65_536, 64)
             except BlockingIOError:
                 return messages
             if not datagram:
                 raise SystemExit("the supervisor is gone")
-            messages.append(json.loads(datagram))
+            messages.append(
+                json.loads(datagram) | ({"sockets": [socket.socket(fileno=fd) for fd in fds]} if fds else {})
+            )

@@ -16,9 +16,10 @@ from tests.support.roles import BEAT_S, Role
 
 def run(context: ChildContext) -> int:
     role = Role(context)
-    if role.told("worker-crashes"):
+    if role.told("worker-crashes") or role.told(f"worker-{context.slot}-crashes"):
         raise RuntimeError("told to crash")
     draining: list[int] = []
+    covered: dict[int, list[socket.socket]] = {}
     signal.signal(signal.SIGTERM, lambda number, frame: draining.append(number))
     selector = selectors.DefaultSelector()
     for listener in context.listeners:
@@ -32,8 +33,18 @@ def run(context: ChildContext) -> int:
         for key, _ in selector.select(BEAT_S):
             if key.fileobj is role.channel:
                 for message in role.hear():
+                    sockets = message.pop("sockets", [])
                     role.tell("message", message=message)
-                    draining.append(0)
+                    if message["op"] == "cover":
+                        covered[message["slot"]] = sockets
+                        for spare, port in zip(sockets, message["public_ports"], strict=True):
+                            selector.register(spare, selectors.EVENT_READ, port)
+                    elif message["op"] == "uncover":
+                        for spare in covered.pop(message["slot"]):
+                            selector.unregister(spare)
+                            spare.close()
+                    else:
+                        draining.append(0)
             else:
                 _serve(role, key.fileobj, leaf)  # type: ignore[arg-type]  # selectors types fileobj loosely
         if not role.told("worker-never-beats"):
