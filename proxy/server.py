@@ -134,6 +134,7 @@ class Server:
         assert ctx.control_listener is not None
         self._ctx = ctx
         self._memory = memory
+        self._plan = plan
         self._clock = FineClock()
         self._config_faults = faults
         self._reload_warnings: list[str] = []
@@ -159,7 +160,6 @@ class Server:
         self.metrics = Metrics(memory, self)
         self.api = Api(self, self.apps, self.fleet, self.store, self.metrics, self._clock, ctx.plan.data_dir)
         self.idle = IdleWatch(self.fleet, memory, self._clock, self.apps.pools, plan.region, self._autostop_interval_s)
-        self._plan = plan
         self.fleet.on_wake = self._woke
         self.hub.on_linked = self._linked
         self.domains.on_renewed = self._renewed

@@ -359,7 +359,7 @@ class Api:
             "image_ref": {"registry": "local", "repository": app.name, "tag": "", "digest": row.digest},
             "config": {
                 "init": {"cmd": list(machine.spec.command)},
-                "env": dict(app.env), "services": services, "metadata": {"fly_process_group": row.group},
+                "services": services, "metadata": {"fly_process_group": row.group},
                 "restart": {"policy": machine.group.restart.value, "max_retries": machine.group.restart_retries},
                 "mounts": [{"name": one.name, "path": one.destination} for one in machine.group.mounts],
                 "guest": {"memory_mb": machine.group.memory_mb},

@@ -183,7 +183,7 @@ class Apps:
         self._ports.difference_update(row.ports.values())
 
     def _begin_always_on(self, is_first_control: bool) -> None:
-        """Start what runs from the beginning. A later control starts only what is new: others are as someone left them."""
+        """Start what runs from the beginning. A later control starts only what is new."""
         assert self.plan is not None
         for entry in self._entries.values():
             for machine in entry.machines:

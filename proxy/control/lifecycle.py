@@ -5,7 +5,7 @@
                        failed│ │start          │ └─suspend─▶ suspending ──frozen─▶ suspended
                              ▼ │               └──exited (by itself) ───────────────▶─┘
                            failed            suspending, suspended ──start──▶ starting (resume)
-                                             suspended ──stop──▶ stopping
+                                             suspended ──stop──▶ stopping;  created, failed ──rest──▶ stopped
 
 Source: Fly docs, "Machine states" (spec machines §1). `failed` is a start that came to nothing: the program could not
 be executed, ended before it listened, or never listened.
@@ -27,6 +27,7 @@ class Change(enum.StrEnum):
     FROZEN = "frozen"
     NOT_FROZEN = "not-frozen"  # the driver could not suspend it: it runs on
     EXITED = "exited"
+    REST = "rest"  # asked to stop while it does not run anyway
     DESTROY = "destroy"
 
 
@@ -51,6 +52,8 @@ TRANSITIONS: dict[tuple[S, Change], S] = {
     (S.SUSPENDING, Change.EXITED): S.STOPPED,
     (S.SUSPENDED, Change.STOP): S.STOPPING,
     (S.SUSPENDED, Change.EXITED): S.STOPPED,
+    (S.CREATED, Change.REST): S.STOPPED,
+    (S.FAILED, Change.REST): S.STOPPED,
     (S.CREATED, Change.DESTROY): S.DESTROYED,
     (S.STOPPED, Change.DESTROY): S.DESTROYED,
     (S.FAILED, Change.DESTROY): S.DESTROYED,

@@ -513,8 +513,10 @@ class Fleet:
             machine.row.stopped_by = source
             return previous
         elif machine.state not in LIVE:
-            if machine.row.stopped_by != source:
-                machine.row.stopped_by = source
+            machine.row.stopped_by = source
+            if machine.state in (MachineState.CREATED, MachineState.FAILED):
+                self._change(machine, Change.REST)
+            else:
                 self._store.save_later(machine.row)
             return None
         machine.row.stopped_by = source

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -127,7 +127,7 @@ class Store:
     # --- written at once
 
     def save(self, row: MachineRow) -> None:
-        text = self._encode(asdict(row)).decode()
+        text = self._encode(row).decode()
         self._write("INSERT OR REPLACE INTO machines VALUES (?, ?, ?)", (row.id, row.app, text))
 
     def delete_machine(self, machine: str) -> None:
@@ -143,7 +143,7 @@ class Store:
     # --- queued
 
     def save_later(self, row: MachineRow) -> None:
-        text = self._encode(asdict(row)).decode()
+        text = self._encode(row).decode()
         self._pending.append(("INSERT OR REPLACE INTO machines VALUES (?, ?, ?)", (row.id, row.app, text)))
 
     def add_event(self, machine: str, event: Event) -> None:
@@ -185,7 +185,10 @@ class Store:
             "ORDER BY rowid DESC LIMIT ?",
             (machine, limit),
         )
-        return [Event(*row[:5], None if row[5] is None else msgspec.json.decode(row[5])) for row in found.fetchall()]
+        return [
+            Event(one, kind, status, source, at, None if request is None else msgspec.json.decode(request))
+            for one, kind, status, source, at, request in found.fetchall()
+        ]
 
     def checkpoint(self) -> None:
         """Move the log into the database. May wait for the disk: call it in a thread."""
