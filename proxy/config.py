@@ -282,7 +282,10 @@ class Source:
             shown = _printable(rows[line - 1]) if line and line <= len(rows) else None
             if "env" in fault.path:  # what stands there may be a secret: it is not repeated
                 fault, shown = dataclasses.replace(fault, value=""), None
-            placed.append(dataclasses.replace(fault, file=self.path, line=line, source_line=shown))
+            expectation = _printable(fault.expectation)
+            placed.append(
+                dataclasses.replace(fault, file=self.path, line=line, source_line=shown, expectation=expectation)
+            )
         return tuple(sorted(placed, key=lambda one: one.line or 0))
 
 
@@ -786,8 +789,8 @@ def to_hostname(table: Table, key: str, text: str) -> str | None:
 
 
 def _printable(row: str) -> str:
-    """A line of a file fit for a terminal."""
-    return "".join(one if one.isprintable() else " " for one in row).strip()[:200]
+    """A line of a file, or of our own about it, fit for a terminal."""
+    return "".join(one if one.isprintable() else " " for one in row).strip()[:400]
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -318,6 +318,14 @@ def test_values_of_environments_are_not_repeated_in_faults(node: Node) -> None:
     assert "hush" not in str(fault) + str(other)
 
 
+def test_a_fault_reads_as_one_line(node: Node) -> None:
+    (fault,) = node.load(APP + 'cwd = "a\\u001bb"\n').errors
+    path = node.folder / "config.toml"
+    assert str(fault) == f'{path}:3: apps[0].cwd: "a\\u001bb": expected a folder: there is no {node.folder}/a b'
+    (missing,) = load(node.folder / "none.toml").errors
+    assert str(missing) == f"{node.folder}/none.toml: cannot be read: No such file or directory"
+
+
 def test_a_driver_that_is_not_there_yet_is_refused(node: Node) -> None:
     assert "not in this version" in node.errors(APP + 'driver = "docker"')["apps[0].driver"]
     assert "apps[0].driver" in node.errors(APP + 'driver = "proces"')

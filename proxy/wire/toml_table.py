@@ -41,10 +41,12 @@ class Fault:
         return render_path(self.path)
 
     def __str__(self) -> str:
-        where = f"{self.file or ''}:{self.line or ''}: " if self.file or self.line else ""
+        where = "".join(f"{one}:" for one in (self.file, self.line) if one)
+        where += " " if where else ""
         seen = f": {self.value}" if self.value else ""
         hint = f" (did you mean {self.did_you_mean!r}?)" if self.did_you_mean else ""
-        return f"{where}{self.key}{seen}: {self.expectation}{hint}"
+        what = f"{self.key}{seen}: " if self.path else ""
+        return f"{where}{what}{self.expectation}{hint}"
 
 
 def render_path(path: KeyPath) -> str:
