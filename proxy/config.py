@@ -521,7 +521,7 @@ class _AppReader:
             idle_timeout_s=table.duration_s("idle_timeout", bare_unit_s=1.0),
             limits=self._limits(),
             machines=machines,
-            keys=result.keys,
+            keys=result.keys if path is not None else (),
         )
         self._check_ports(app)
         return app, table
