@@ -45,7 +45,7 @@ from proxy.cli.node import (
     machine_path,
 )
 from proxy.cli.output import print_json, say, waiting
-from proxy.cli.visit import Answer, Wire, trusting, visit
+from proxy.cli.visit import Answer, Times, Wire, trusting, visit
 
 READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
@@ -158,27 +158,35 @@ class DemoNode:
                 process_group=0,  # Ctrl-C is for the demo, which then ends the node in order
                 preexec_fn=_end_with_parent,
             )
-        self._wait_until_ready(self._child)
+        self._wait_until(self._child, self._is_healthy)
         self.api = Api(find_node(self.config, None))
+        self._wait_until(self._child, self._has_workers)
         ca = ca_pem(self.api)
         (self.folder / "ca.pem").write_text(ca)
         self.tls = trusting(ca)
 
-    def _wait_until_ready(self, child: subprocess.Popen[bytes]) -> None:
+    def _wait_until(self, child: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
             if child.poll() is not None:
                 raise CliError(f"The demo's node ended at once (status {child.returncode}):\n{self.log_end()}")
-            with suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection(_LOCALHOST, self.ports.admin, timeout=2.0)
-                try:
-                    connection.request("GET", "/healthz")
-                    if connection.getresponse().status == 200:
-                        return
-                finally:
-                    connection.close()
+            if condition():
+                return
             time.sleep(0.02)
         raise CliError(f"The demo's node was not ready after {READY_TIMEOUT_S:g} s:\n{self.log_end()}")
+
+    def _is_healthy(self) -> bool:
+        connection = http.client.HTTPConnection(_LOCALHOST, self.ports.admin, timeout=2.0)
+        try:
+            connection.request("GET", "/healthz")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _has_workers(self) -> bool:
+        return all(worker["linked"] for worker in self.api.get("/v1/status")["workers"])
 
     def log_end(self) -> str:
         lines = self.log.read_text("utf-8", "replace").splitlines()[-12:]
@@ -244,10 +252,9 @@ class DemoNode:
         """The ids of the times its machine was told to start, as the node has them on record (the last few)."""
         return {one["id"] for one in self.events(app) if (one["type"], one["status"]) == ("start", "starting")}
 
-    def phases(self, app: str, answer: Answer) -> dict[str, float]:
+    def phases(self, app: str, times: Times) -> dict[str, float]:
         """The client's phases, and between them the node's of the wake, in ms since the connect began."""
-        machine = self.machine(app)
-        merged = {**answer.times.ms(), **wake_phases(self.api, app, machine.id, answer.times)}
+        merged = {**times.ms(), **wake_phases(self.api, app, self.machine(app).id, times)}
         return dict(sorted(merged.items(), key=lambda one: one[1]))
 
     def curl(self, app: str, path: str = "/", more: str = "") -> str:
@@ -297,7 +304,7 @@ def cold_request(node: DemoNode, step: Step) -> None:
     must(facts["count"] == 1, f"the program counts {facts['count']}, not 1: it did not just start")
     after = node.machine("counter").state
     must(after == "started", f"the machine is {after} after its answer")
-    step.phases_ms = node.phases("counter", answer)
+    step.phases_ms = node.phases("counter", answer.times)
     step.saw = f"machine {before}, then 200 over verified TLS: count 1, pid {facts['pid']}"
 
 
@@ -330,7 +337,7 @@ def suspend_and_resume(node: DemoNode, step: Step) -> None:
     facts = _facts(answer)
     must(facts["pid"] == before["pid"], f"pid {facts['pid']} after {before['pid']}: it was started anew, not resumed")
     must(facts["count"] == before["count"] + 1, f"count {facts['count']} after {before['count']}: memory was lost")
-    step.phases_ms = node.phases("counter", answer)
+    step.phases_ms = node.phases("counter", answer.times)
     step.saw = f"frozen, then resumed by the request: the count went on from {before['count']} to {facts['count']}"
 
 
@@ -343,7 +350,7 @@ def stop_and_start(node: DemoNode, step: Step) -> None:
     facts = _facts(answer)
     must(facts["pid"] != before["pid"], "the same process answered: it was not stopped")
     must(facts["count"] == 1, f"count {facts['count']} after a cold start")
-    step.phases_ms = node.phases("counter", answer)
+    step.phases_ms = node.phases("counter", answer.times)
     step.saw = f"pid {before['pid']} ended, pid {facts['pid']} started by the request: count {before['count']} → 1"
 
 
@@ -413,7 +420,7 @@ def websocket_echo(node: DemoNode, step: Step) -> None:
             got = _read_exactly(wire, 2 + len(text))
             must(got == bytes((0x81, len(text))) + text, f"sent {text!r}, got back {got!r}")
         wire.times.ended = time.monotonic()
-    step.phases_ms = {**wire.times.ms(), **wake_phases(node.api, "echo", node.machine("echo").id, wire.times)}
+    step.phases_ms = node.phases("echo", wire.times)
     step.saw = "machine started, 101 Switching Protocols, two messages came back as they were sent"
 
 
@@ -465,7 +472,7 @@ def crash_and_recovery(node: DemoNode, step: Step) -> None:
     after = node.get("crashy")
     must(after.status == 200, f"status {after.status} after the crash")
     must(after.body != before.body, "the crashed process answered")
-    step.phases_ms = node.phases("crashy", after)
+    step.phases_ms = node.phases("crashy", after.times)
     step.saw = f"{crash.status} with {reason}; exit code 3 on record; the next request started it again: 200"
 
 
