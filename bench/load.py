@@ -234,7 +234,8 @@ def _until_routed(subject: Subject, tls: bool, limit_s: float) -> None:
         except OSError as error:
             seen = repr(error)
         if time.monotonic() > end:
-            raise BenchError(f"{subject.name}: no good answer over {'TLS' if tls else 'plain HTTP'}: {seen}")
+            said = subject.running.output() if subject.running else ""
+            raise BenchError(f"{subject.name}: no good answer over {'TLS' if tls else 'plain HTTP'}: {seen}\n{said}")
         time.sleep(0.1)
 
 

@@ -79,6 +79,7 @@ def measure(
     count = max(10, int(total * share))
     ports = {"plain_port": free_port(), "tls_port": free_port(), "admin_port": free_port()}
     config = CONFIG.format(folder=folder, workers=1, access_log=folder / "access.log", **ports)
+    config += "\n[limits]\nidle_timeout_s = 900.0\n"
     config += STATIC_APP.format(folder=folder, name="bench", origin_port=origin.port)
     (folder / "bench.fly.toml").write_text(FLY_TOML.format(name="bench", autostop="off"))
     with Wakefront(folder, config, cores()[0], tuple(ports.values())) as node:

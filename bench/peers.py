@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.certificate import CertificateFiles
-from bench.processes import BenchError, spawn, wait_for_port
+from bench.processes import BenchError, spawn, stop, wait_for_port
 
 HOST = "bench.apps.localhost"
 
@@ -48,15 +48,23 @@ class Recipe:
 
 
 class Running:
-    """A started proxy. `main` is the part whose processor time counts per request; the rest is told beside."""
+    """A started proxy."""
 
     def __init__(self, recipe: Recipe, place: Place) -> None:
         self.recipe, self.place = recipe, place
         self._log = place.folder / "output.log"
         with self._log.open("wb") as log:
             self.process: subprocess.Popen[bytes] = spawn(recipe.command, place.core, log, recipe.env)
-        for port in (place.plain_port, place.tls_port):
-            wait_for_port(port, self.process, self._log)
+        try:
+            for port in (place.plain_port, place.tls_port):
+                wait_for_port(port, self.process, self._log)
+        except BaseException:
+            stop(self.process)
+            raise
+
+    def output(self) -> str:
+        """The last of what the proxy said."""
+        return self._log.read_text(errors="replace")[-2000:]
 
 
 def _binary(name: str) -> str | None:

@@ -27,8 +27,8 @@ workers = {workers}
 admin = "127.0.0.1:{admin_port}"
 
 [log]
-access_log = "{access_log}"
-access_log_format = "json"
+access = "{access_log}"
+format = "json"
 
 [certs]
 issuer = "internal"
