@@ -28,6 +28,7 @@ from proxy.cli.output import age, print_json, say, table, waiting
 # The states that each verb may leave a machine in: one that never ran, or could not start, is not stopped any further.
 _TARGETS = {"start": "started", "stop": "stopped,created,failed", "suspend": "suspended", "restart": "started"}
 _DONE = {"start": "started", "stop": "stopped", "suspend": "suspended", "restart": "restarted"}
+_CA_WAIT_S = 3.0
 
 
 def connect(config: Path | None, admin: str | None) -> Api:
@@ -252,10 +253,14 @@ def certs_ca(api: Api, as_json: bool) -> None:
 
 
 def ca_pem(api: Api) -> str:
-    """The root of the internal CA, which exists once a first certificate was asked for."""
-    try:
-        return api.text("/v1/certs/ca")
-    except ApiError as error:
-        if error.status == 404 and isinstance(error.body, dict):
-            raise CliError(f"There is no root certificate: {error.body.get('error')}.") from None
-        raise
+    """The root of the internal CA. At its very first start a node may be ready a moment before it is made."""
+    deadline = time.monotonic() + _CA_WAIT_S
+    while True:
+        try:
+            return api.text("/v1/certs/ca")
+        except ApiError as error:
+            if error.status != 404 or not isinstance(error.body, dict):
+                raise
+            if time.monotonic() > deadline:
+                raise CliError(f"There is no root certificate: {error.body.get('error')}.") from None
+        time.sleep(0.05)

@@ -36,6 +36,7 @@ class ScriptedAdmin:
         self.warnings: list[str] = []
         self.reload_answer: tuple[int, Any] = (200, {"added": [], "changed": [], "removed": [], "warnings": []})
         self.refuses: dict[str, tuple[int, Any]] = {}  # verb -> answer
+        self.ca_asked, self.ca_made_after = 0, 0  # how many questions come before the CA is made
         self.stuck = False  # no machine ever comes to the state waited for
         self.follow_released: asyncio.Event
 
@@ -147,6 +148,9 @@ class ScriptedAdmin:
         return response
 
     async def _ca(self, _: web.Request) -> web.Response:
+        self.ca_asked += 1
+        if self.ca_asked <= self.ca_made_after:
+            return web.json_response({"error": "this node has no internal CA yet"}, status=404)
         return web.Response(text=PEM, content_type="application/x-pem-file")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.cli import client
 from tests.cli.conftest import Run
 from tests.cli.scripted_admin import PEM, ScriptedAdmin, machine
 
@@ -244,6 +245,18 @@ def test_a_faulty_reload_lists_every_fault_and_changes_nothing(node: ScriptedAdm
 def test_certs_ca_prints_the_root_as_it_is(node: ScriptedAdmin, run: Run) -> None:
     assert run("certs", "ca").out == PEM
     assert run("certs", "ca", "--json").json == {"name": "internal", "pem": PEM}
+
+
+def test_certs_ca_waits_for_a_root_that_is_being_made(
+    node: ScriptedAdmin, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.ca_made_after = 2
+    assert run("certs", "ca").out == PEM
+    node.ca_made_after = 1_000_000
+    monkeypatch.setattr(client, "_CA_WAIT_S", 0.0)
+    ended = run("certs", "ca")
+    assert ended.code == 1
+    assert ended.err == "wakefront: There is no root certificate: this node has no internal CA yet.\n"
 
 
 # --- the command itself
