@@ -28,6 +28,7 @@ from tests.support.processes import Family, belonging_to, descendants, runs, wai
 
 READY_S = 30.0
 STOP_S = 40.0
+SHOWN_CHARACTERS = 40_000  # of the log of a failed test
 
 
 class ServedNode:
@@ -125,7 +126,7 @@ admin = "127.0.0.1:{self.admin_port}"
         def ready_or_ended() -> bool:
             return self._is_ready(self.pid) or not self._is_running()
 
-        wait_for(ready_or_ended, seconds, lambda: f"ready\n{self.log()}")
+        wait_for(ready_or_ended, seconds, "ready")  # the logs are printed on the way out
         if not self._is_running():
             raise AssertionError(f"`wakefront serve` ended instead of getting ready\n{self.log()}")
 
@@ -178,7 +179,9 @@ admin = "127.0.0.1:{self.admin_port}"
         return self._log_path.read_text("utf-8", "replace") if self._log_path.exists() else ""
 
     def _print_logs(self) -> None:
-        print(f"--- config.toml\n{self.config.read_text()}\n--- serve.log\n{self.log()}")
+        log = self.log()
+        shown = log if len(log) < SHOWN_CHARACTERS else f"[...]{log[-SHOWN_CHARACTERS:]}"
+        print(f"--- config.toml\n{self.config.read_text()}\n--- serve.log\n{shown}")
         for path in sorted(self.data_dir.glob("logs/**/*")):
             if path.is_file():
                 print(f"--- {path.relative_to(self.data_dir)}\n{path.read_text('utf-8', 'replace')[-4000:]}")
