@@ -115,6 +115,7 @@ class Certificates:
         if error is not None:
             self._refuse(name, error)
             outcome = ProxyError(Code.TLS_NO_CERTIFICATE, detail=error)
+        self._contexts.pop(name, None)  # whoever refreshed the records, this name's are new
         try:
             self.refresh()
             if error is None and name in self._waiters:

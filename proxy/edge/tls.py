@@ -23,10 +23,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import logging
 import ssl
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from proxy import clock
 from proxy.errors import Code, ProxyError
@@ -39,8 +38,6 @@ from proxy.wire.client_hello import (
     HelloError,
     HelloReader,
 )
-
-_log = logging.getLogger("wakefront.tls")
 
 _PIECE = 16_384  # a record's worth of plaintext, and the most that goes into a BIO at once
 _STALL_TIMEOUT_S = 30.0  # while closing, a peer that takes no byte of what is left for this long is given up
@@ -83,7 +80,7 @@ class TlsEvents(Protocol):
 
     def on_handshake(self, version: str, resumed: bool, seconds: float) -> None: ...
 
-    def on_error(self, code: Code) -> None: ...
+    def on_error(self, code: Code, server_name: str | None, detail: str) -> None: ...
 
 
 OnHello = Callable[[ClientHello, Any], None]
@@ -171,8 +168,7 @@ class TlsConnection(asyncio.Protocol):
         self._received = bytearray()  # what came while the certificate was waited for
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._outer = transport
+        self._outer = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
         self._timer = self._acceptor.timers.call_later(self._acceptor.handshake_timeout_s, self._on_timeout)
 
     def data_received(self, data: bytes) -> None:
@@ -294,8 +290,7 @@ class TlsConnection(asyncio.Protocol):
 
     def _count(self, code: Code, detail: str) -> None:
         name = self._hello.server_name if self._hello is not None else None
-        _log.debug("%s for %s: %s", code.value, name, detail)
-        self._acceptor.events.on_error(code)
+        self._acceptor.events.on_error(code, name, detail)
 
     def _leave_source(self) -> None:
         if self._state is _State.CERTIFICATE and self._hello is not None:
@@ -488,8 +483,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         """A record that does not authenticate, an alert from the peer: OpenSSL's own alert, then the end."""
         self._error = error
         self._said_goodbye = True
-        _log.debug("%s for %s: %s", Code.TLS_IO.value, self._hello.server_name, error.reason or error)
-        self._acceptor.events.on_error(Code.TLS_IO)
+        self._acceptor.events.on_error(Code.TLS_IO, self._hello.server_name, error.reason or str(error))
         self._begin_close()
 
     def eof_received(self) -> bool:
@@ -686,9 +680,8 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
                 return self._outer.get_extra_info(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        assert isinstance(protocol, asyncio.Protocol)
-        self._inner = protocol
-        self._deliver = protocol.data_received
+        self._inner = cast(asyncio.Protocol, protocol)
+        self._deliver = self._inner.data_received
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         return self._inner
