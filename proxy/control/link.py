@@ -14,7 +14,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 
@@ -207,15 +207,15 @@ class Link(asyncio.Protocol):
         self.pid = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        stream = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
+        self._transport = stream
         self._hub.greeting(self)
-        peer = transport.get_extra_info("socket")
+        peer = stream.get_extra_info("socket")
         _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in (os.geteuid(), 0):
             self.drop(f"it belongs to user {uid}")
             return
-        transport.set_write_buffer_limits(high=_SLICE_UNREAD_BYTES)
+        stream.set_write_buffer_limits(high=_SLICE_UNREAD_BYTES)
 
     def data_received(self, data: bytes) -> None:
         try:

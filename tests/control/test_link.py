@@ -1,0 +1,258 @@
+"""Links over real Unix sockets, with the worker's side written out by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest_asyncio
+
+from proxy import ipc
+from proxy.clock import SystemClock, monotonic_ns
+from proxy.control import link as link_module
+from proxy.control.link import Hub, Link, app_frame
+from proxy.model import App, AppName, Machine, MachineId, MachineState, RegionCode
+from proxy.state import SharedMemory
+from tests.control.rig import Rig, a_plan, an_app
+
+WEB = AppName("web")
+
+
+class Worker:
+    """What a worker would be: frames out, messages in."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._frames = ipc.FrameReader()
+        self._messages: list[ipc.ToWorker] = []
+
+    @classmethod
+    async def connect(cls, path: str) -> Worker:
+        return cls(*await asyncio.open_unix_connection(path))
+
+    def send(self, message: ipc.Message) -> None:
+        self._writer.write(ipc.encode(message))
+
+    async def hello(self, slot: int = 0, protocol: int = ipc.PROTOCOL) -> list[ipc.ToWorker]:
+        self.send(ipc.WorkerHello(protocol, slot, os.getpid()))
+        return await self.until(ipc.TableEnd)
+
+    async def next(self) -> ipc.ToWorker | None:
+        """The next message; None once the link is cut."""
+        async with asyncio.timeout(5):
+            while not self._messages:
+                try:
+                    data = await self._reader.read(65536)
+                except ConnectionError:
+                    return None
+                if not data:
+                    return None
+                self._messages += [ipc.decode_to_worker(body) for body in self._frames.feed(data)]
+        return self._messages.pop(0)
+
+    async def until(self, kind: type[ipc.Message]) -> list[ipc.ToWorker]:
+        seen: list[ipc.ToWorker] = []
+        while not seen or not isinstance(seen[-1], kind):
+            message = await self.next()
+            assert message is not None, f"cut after {seen}"
+            seen.append(message)
+        return seen
+
+    async def close(self) -> None:
+        self._writer.close()
+        try:
+            await self._writer.wait_closed()
+        except ConnectionError:
+            pass
+
+
+class Records:
+    """A table and whoever answers."""
+
+    def __init__(self) -> None:
+        self.apps = {WEB: App(WEB, ("web.apps.localhost",), ())}
+        self.heard: list[object] = []
+
+    def names(self) -> list[AppName]:
+        return list(self.apps)
+
+    def frame(self, name: AppName) -> bytes | None:
+        return app_frame(self.apps[name]) if name in self.apps else None
+
+    def wake(self, link: Link, message: ipc.Wake) -> None:
+        self.heard.append(message)
+        link.send(ipc.WakeDone(message.app, message.machine, 1))
+
+    def need_certificate(self, link: Link, name: str) -> None:
+        link.send(ipc.CertificateReady(name))
+
+    def passive_failure(self, message: ipc.PassiveFailure) -> None:
+        self.heard.append(message)
+
+
+class Setting:
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "control.sock")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        listener.bind(self.path)
+        listener.listen(16)
+        fd, self.memory = SharedMemory.create(2)
+        os.close(fd)
+        for index in (1, 2):
+            self.memory.beat(index, monotonic_ns())
+        self.hub = Hub(listener, 2, self.memory, SystemClock(), a_plan().settings)
+        self.records = Records()
+        self.workers: list[Worker] = []
+
+    async def worker(self, slot: int | None = None) -> Worker:
+        worker = await Worker.connect(self.path)
+        self.workers.append(worker)
+        if slot is not None:
+            await worker.hello(slot)
+        return worker
+
+
+@pytest_asyncio.fixture
+async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
+    one = Setting(tmp_path)
+    await one.hub.start(one.records, one.records)
+    yield one
+    for worker in one.workers:
+        await worker.close()
+    await one.hub.close()
+
+
+async def test_a_worker_gets_settings_and_the_whole_table(setting: Setting) -> None:
+    worker = await setting.worker()
+    settings, start, app, end = await worker.hello()
+    assert isinstance(settings, ipc.Settings) and settings.node == "node"
+    assert start == ipc.TableStart(1)
+    assert app == ipc.AppSet(setting.records.apps[WEB])
+    assert end == ipc.TableEnd()
+
+
+async def test_a_change_reaches_every_worker(setting: Setting) -> None:
+    workers = [await setting.worker(0), await setting.worker(1)]
+    machine = Machine(MachineId("0a"), RegionCode("ams"), "app", MachineState.STARTED, 7, 1)
+    setting.hub.set_machine(WEB, machine)
+    setting.hub.remove_app(WEB)
+    for worker in workers:
+        assert await worker.next() == ipc.MachineSet(WEB, machine)
+        assert await worker.next() == ipc.AppGone(WEB)
+
+
+async def test_changes_during_a_load_come_between_its_slices(setting: Setting) -> None:
+    for number in range(link_module._SLICE * 3):
+        name = AppName(f"app{number}")
+        setting.records.apps[name] = App(name, (), ())
+    worker = await setting.worker()
+    worker.send(ipc.WorkerHello(ipc.PROTOCOL, 0, 1))
+    await worker.until(ipc.AppSet)
+    last = AppName(f"app{link_module._SLICE * 3 - 1}")
+    known = isinstance(setting.records.apps.pop(last, None), App)
+    setting.hub.remove_app(last)
+    rest = await worker.until(ipc.TableEnd)
+    told = [message.app.name for message in rest if isinstance(message, ipc.AppSet)]
+    gone = [message.name for message in rest if isinstance(message, ipc.AppGone)]
+    assert known and (gone == [last] or last not in told)
+
+
+async def test_questions_reach_whoever_answers(setting: Setting) -> None:
+    worker = await setting.worker(0)
+    wake = ipc.Wake(WEB, MachineId("0a"), hint=True)
+    failure = ipc.PassiveFailure(WEB, MachineId("0a"), 3, "PC01")
+    for message in (wake, failure, ipc.NeedCertificate("web.apps.localhost")):
+        worker.send(message)
+    assert await worker.next() == ipc.WakeDone(WEB, MachineId("0a"), 1)
+    assert await worker.next() == ipc.CertificateReady("web.apps.localhost")
+    assert setting.records.heard == [wake, failure]
+
+
+async def test_a_peer_of_a_far_protocol_is_refused_and_a_near_one_served(setting: Setting) -> None:
+    far = await setting.worker()
+    far.send(ipc.WorkerHello(ipc.PROTOCOL + 2, 0, 1))
+    assert await far.next() is None
+    near = await setting.worker()
+    assert (await near.hello(0, ipc.PROTOCOL + 1))[-1] == ipc.TableEnd()
+
+
+async def test_what_is_no_message_cuts_the_link(setting: Setting) -> None:
+    for junk in (b"\x05\x00\x00\x00hello", b"\xff\xff\xff\xff", ipc.encode(ipc.Wake(WEB, MachineId("0a")))):
+        worker = await setting.worker()
+        worker._writer.write(junk)
+        assert await worker.next() is None
+    unknown = await setting.worker()
+    unknown.send(ipc.WorkerHello(ipc.PROTOCOL, 5, 1))  # there is no slot 5
+    assert await unknown.next() is None
+
+
+async def test_a_worker_that_connects_afresh_takes_the_place_of_its_old_link(setting: Setting) -> None:
+    old = await setting.worker(0)
+    await setting.worker(0)
+    assert await old.next() is None
+    assert list(setting.hub.linked) == [0]
+
+
+async def test_a_worker_that_does_not_read_is_cut(setting: Setting) -> None:
+    await setting.worker(0)
+    text = "x" * 1_000_000
+    for _ in range(40):
+        setting.hub.tell_all(ipc.CertificateReady(text))
+    assert setting.hub.linked == {}
+
+
+async def test_a_cordon_is_complete_once_every_worker_has_acknowledged(setting: Setting, rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    workers = [await setting.worker(0), await setting.worker(1)]
+    asking = asyncio.get_running_loop().create_task(setting.hub.cordon(machine), name="cordon")
+    for worker in workers:
+        assert not asking.done()
+        ask = await worker.next()
+        assert isinstance(ask, ipc.CordonAsk) and ask.machine == machine.id
+        worker.send(ipc.CordonAck(machine.id, ask.sequence - 1))  # of an earlier one: does not count
+        worker.send(ipc.CordonAck(machine.id, ask.sequence))
+    assert await asking
+    setting.hub.lift(machine)
+    for worker in workers:
+        assert await worker.next() == ipc.CordonLift(WEB, machine.id)
+
+
+async def test_a_worker_that_is_replaced_during_a_cordon_is_asked_again(setting: Setting, rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    steady, dying = await setting.worker(0), await setting.worker(1)
+    asking = asyncio.get_running_loop().create_task(setting.hub.cordon(machine), name="cordon")
+    ask = await steady.next()
+    assert isinstance(ask, ipc.CordonAsk)
+    steady.send(ipc.CordonAck(machine.id, ask.sequence))
+    await dying.next()
+    await dying.close()
+    successor = await setting.worker()
+    seen = await successor.hello(1)
+    again = await successor.next()
+    assert isinstance(again, ipc.CordonAsk) and again.sequence == ask.sequence and len(seen) == 4
+    assert not asking.done()
+    successor.send(ipc.CordonAck(machine.id, ask.sequence))
+    assert await asking
+
+
+async def test_a_cordon_that_a_living_worker_does_not_acknowledge_fails(setting: Setting, rig: Rig) -> None:
+    link_module.CORDON_TIMEOUT_S, before = 0.05, link_module.CORDON_TIMEOUT_S
+    try:
+        await rig.load(an_app())
+        await setting.worker(0)
+        assert not await setting.hub.cordon(rig.machine())
+    finally:
+        link_module.CORDON_TIMEOUT_S = before
+
+
+async def test_a_slot_without_any_process_does_not_hold_up_a_cordon(setting: Setting, rig: Rig) -> None:
+    await rig.load(an_app())
+    for index in (1, 2):
+        setting.memory.beat(index, monotonic_ns() - 60 * 10**9)
+    assert await setting.hub.cordon(rig.machine())
