@@ -29,7 +29,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str |
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
     for index, name in enumerate(columns):
         numbers = bool(rows) and all(_is_number(row[index]) for row in rows)
         drawn.add_column(name, justify="right" if numbers else "left", overflow="fold")
