@@ -132,7 +132,11 @@ class Direct:
 
     def spawn_and_poll(self) -> float:
         """From before the spawn to the first byte; a connection is tried every 0.1 ms."""
-        env = {**os.environ, "PORT": str(self.port)}
+        env = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": "/",
+            "PORT": str(self.port),
+        }  # as bare as a machine's
         request = b"GET / HTTP/1.1\r\nHost: direct\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n"
         end = time.monotonic() + 30
         began = time.perf_counter_ns()
