@@ -526,6 +526,7 @@ def demo(once: bool, keep: Path | None, as_json: bool) -> int:
         except KeyboardInterrupt:
             _tell(as_json, "\nEnding the node …")
         finally:
+            _be_patient()
             ending.saw = node.stop()
             ending.ok = not ending.saw
     steps.append(ending)
@@ -616,9 +617,15 @@ def _interruptible() -> Iterator[None]:
     def interrupt(_signum: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _be_patient() -> None:
+    """A second Ctrl-C must not keep the demo from ending what it has started; the wait for it has a bound."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

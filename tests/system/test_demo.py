@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -97,6 +98,20 @@ def test_ctrl_c_ends_the_demo_in_order(tmp_path: Path) -> None:
         out, err = child.communicate(timeout=40)
         assert child.returncode == 0, err
         assert "nothing is left running" in out
+    assert not left_in(tmp_path)
+
+
+def test_impatience_does_not_leave_anything_running(tmp_path: Path) -> None:
+    with running(tmp_path) as child:
+        wait_until_it_plays(child)
+        assert child.stdout is not None
+        child.send_signal(signal.SIGINT)
+        while not child.stdout.readline().startswith("Ending the node"):
+            pass
+        while child.poll() is None:
+            child.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.05)
     assert not left_in(tmp_path)
 
 
