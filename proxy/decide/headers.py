@@ -1,0 +1,230 @@
+"""Which fields pass, which are removed, which we write: both directions (spec routing §6).
+
+Heads are re-emitted from parsed fields as one joined byte string. Hop-by-hop fields end here (RFC 9110 §7.6.1), and
+what a client may not say about itself is removed before we say it: `fly-*`, `x-forwarded-*`, `forwarded` and kin.
+Names are remembered by the spelling received, so that a usual field costs one dict look-up (measured: 10 fields
+filtered and written in 1.7 us).
+"""
+
+from __future__ import annotations
+
+from proxy.wire.http1 import CHUNKED, UNTIL_CLOSE, Headers, RequestHead, ResponseHead
+
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+        b"content-length", b"http2-settings", b"proxy-authenticate", b"proxy-authorization",
+    }
+)  # fmt: skip
+
+# What only an edge may say. A client's value would be believed by the app.
+_TRUST = frozenset(
+    {
+        b"forwarded", b"x-real-ip", b"x-client-ip", b"x-cluster-client-ip", b"x-original-forwarded-for",
+        b"x-request-start",
+        b"x-original-host", b"x-original-url", b"x-rewrite-url",
+    }
+)  # fmt: skip
+_TRUST_PREFIXES = (b"fly-", b"x-forwarded-", b"wakefront-")
+
+# The fly-* fields that are a client's to send (spec routing §3).
+_CLIENTS_OWN = frozenset(
+    {
+        b"fly-prefer-region", b"fly-force-region", b"fly-prefer-instance-id", b"fly-force-instance-id",
+        b"fly-replay-cache-control",
+    }
+)  # fmt: skip
+
+_SPELLINGS_MAX = 4096
+_request_drops: dict[bytes, bool] = {}
+_response_drops: dict[bytes, bool] = {}
+
+# Trailers that would change framing, routing or trust if merged (RFC 9110 §6.5.1): never passed.
+_NOT_IN_TRAILERS = frozenset(
+    {b"host", b"authorization", b"cookie", b"set-cookie", b"content-type", b"content-encoding", b"content-range",
+     b"expect", b"cache-control", b"max-forwards", b"range", b"location"}
+)  # fmt: skip
+
+
+def _is_dropped_from_request(name: bytes) -> bool:
+    lower = name.lower()
+    dashed = lower.replace(b"_", b"-")  # an origin that maps `_` to `-` would take it for the real one
+    drop = (
+        dashed in _HOP_BY_HOP or dashed in _TRUST or (dashed.startswith(_TRUST_PREFIXES) and lower not in _CLIENTS_OWN)
+    )
+    if len(_request_drops) < _SPELLINGS_MAX:
+        _request_drops[name] = drop
+    return drop
+
+
+def _is_dropped_from_response(name: bytes) -> bool:
+    lower = name.lower()
+    drop = lower in _HOP_BY_HOP or lower == b"wakefront-error"
+    if len(_response_drops) < _SPELLINGS_MAX:
+        _response_drops[name] = drop
+    return drop
+
+
+def identity_fields(
+    client_ip: str, local_ip: str, public_port: int, is_tls: bool, region: str, minor: int, keep: bool
+) -> bytes:
+    """The part of a request's identity fields that holds for a whole connection, as header lines.
+
+    X-Forwarded-For is `client, address the client reached`, as Fly's rightmost two entries; what the client sent in
+    that field is not passed on (docs/compatibility.md, row HD-3).
+    """
+    proto = "https" if is_tls else "http"
+    ssl = "on" if is_tls else "off"
+    return (
+        f"fly-client-ip: {client_ip}\r\nx-forwarded-for: {client_ip}, {local_ip}\r\n"
+        f"fly-forwarded-proto: {proto}\r\nx-forwarded-proto: {proto}\r\n"
+        f"fly-forwarded-ssl: {ssl}\r\nx-forwarded-ssl: {ssl}\r\n"
+        f"fly-forwarded-port: {public_port}\r\nx-forwarded-port: {public_port}\r\n"
+        f"fly-region: {region}\r\nvia: 1.{minor} wakefront\r\n" + ("" if keep else "connection: close\r\n")
+    ).encode("latin-1")
+
+
+def request_head(head: RequestHead, identity: bytes, request_id: bytes, start_us: int, trace: bytes) -> bytes:
+    """The head a machine gets: the client's own fields, then ours. `identity` comes from `identity_fields`."""
+    parts: list[bytes] = [head.method, b" ", head.target, b" HTTP/1.1\r\n"]
+    add = parts.extend
+    drops = _request_drops
+    listed = head.listed_hops
+    for name, value in head.headers:
+        drop = drops.get(name)
+        if drop is None:
+            drop = _is_dropped_from_request(name)
+        if drop or (listed and name.lower() in listed and name.lower() != b"host"):
+            continue
+        add((name, b": ", value, b"\r\n"))
+    if head.length == CHUNKED:
+        parts.append(b"transfer-encoding: chunked\r\n")
+    elif head.length or head.method in _BODY_METHODS:
+        parts.append(b"content-length: %d\r\n" % head.length)
+    if head.upgrade is not None:
+        add((b"connection: upgrade\r\nupgrade: ", head.upgrade, b"\r\n"))
+    add(
+        (identity, b"fly-request-id: ", request_id, b"\r\nx-request-start: t=%d\r\nfly-traceparent: " % start_us, trace,
+         b"\r\n\r\n")
+    )  # fmt: skip
+    return b"".join(parts)
+
+
+_BODY_METHODS = frozenset({b"POST", b"PUT", b"PATCH"})
+
+
+class ResponseRules:
+    """What a port's `http_options.response` makes of responses. `pristine` adds and alters nothing of ours."""
+
+    __slots__ = ("added", "pristine", "removed")
+
+    def __init__(self, pristine: bool, rules: tuple[tuple[str, tuple[str, ...] | None], ...]) -> None:
+        self.pristine = pristine
+        self.removed = frozenset(name.lower().encode("latin-1") for name, _ in rules)
+        self.added = b"".join(
+            f"{name}: {value}\r\n".encode("latin-1") for name, values in rules if values is not None for value in values
+        )
+
+
+def response_head(
+    head: ResponseHead,
+    rules: ResponseRules,
+    request_id: bytes,
+    framing: bytes,
+    server: bytes,
+    send_connection: bytes,
+) -> bytes:
+    """The head a client gets. `framing` and `send_connection` are header lines or empty; `server` is ours."""
+    parts: list[bytes] = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n"]
+    add = parts.extend
+    drops = _response_drops
+    listed = head.listed_hops
+    removed = rules.removed
+    replaced_server = not rules.pristine
+    for name, value in head.headers:
+        drop = drops.get(name)
+        if drop is None:
+            drop = _is_dropped_from_response(name)
+        if drop or (listed and name.lower() in listed) or (removed and name.lower() in removed):
+            continue
+        if replaced_server and name in _SERVER_SPELLINGS:
+            continue
+        add((name, b": ", value, b"\r\n"))
+    if rules.pristine:
+        add((rules.added, framing, send_connection, b"\r\n"))
+    else:
+        add((*_ours(removed, server, request_id), rules.added, framing, send_connection, b"\r\n"))
+    return b"".join(parts)
+
+
+_SERVER_SPELLINGS = frozenset({b"server", b"Server", b"SERVER"})
+
+
+def _ours(removed: frozenset[bytes], server: bytes, request_id: bytes) -> tuple[bytes, ...]:
+    if not removed:
+        return (b"server: ", server, b"\r\nvia: 1.1 wakefront\r\nfly-request-id: ", request_id, b"\r\n")
+    parts: list[bytes] = []
+    for name, value in ((b"server", server), (b"via", b"1.1 wakefront"), (b"fly-request-id", request_id)):
+        if name not in removed:
+            parts += (name, b": ", value, b"\r\n")
+    return tuple(parts)
+
+
+def response_framing(head: ResponseHead, head_only: bool, client_minor: int) -> tuple[bytes, bool, bool]:
+    """How the response's body is delimited towards a client of HTTP/1.`client_minor`.
+
+    Returns (header lines, body is sent in chunks, connection must close after it). RFC 9112 §6.
+    """
+    length = head.length
+    if head.status < 200 or head.status == 204:
+        return b"", False, False
+    if head_only or head.status == 304:
+        return (b"content-length: %d\r\n" % length if length >= 0 else b""), False, False
+    if length >= 0:
+        return b"content-length: %d\r\n" % length, False, False
+    assert length in (CHUNKED, UNTIL_CLOSE)
+    if client_minor == 0:
+        return b"", False, True
+    return b"transfer-encoding: chunked\r\n", True, False
+
+
+def trailer_block(trailers: Headers) -> bytes:
+    """The end of a chunked body: the last chunk and the trailer fields that may pass."""
+    if not trailers:
+        return b"0\r\n\r\n"
+    parts: list[bytes] = [b"0\r\n"]
+    for name, value in trailers:
+        if name.lower() in _NOT_IN_TRAILERS or _is_dropped_from_request(name):
+            continue
+        parts += (name, b": ", value, b"\r\n")
+    parts.append(b"\r\n")
+    return b"".join(parts)
+
+
+def interim_head(head: ResponseHead) -> bytes:
+    """A 1xx response, hop-by-hop fields removed."""
+    parts: list[bytes] = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n"]
+    for name, value in head.headers:
+        if not _is_dropped_from_response(name) and name.lower() not in head.listed_hops:
+            parts += (name, b": ", value, b"\r\n")
+    parts.append(b"\r\n")
+    return b"".join(parts)
+
+
+def switching_head(head: ResponseHead, rules: ResponseRules, request_id: bytes, server: bytes) -> bytes:
+    """The 101 that opens a tunnel: as `response_head`, with the Upgrade of the machine."""
+    protocol = next((value for name, value in head.headers if name.lower() == b"upgrade"), b"")
+    return response_head(head, rules, request_id, b"", server, b"connection: upgrade\r\nupgrade: " + protocol + b"\r\n")
+
+
+def redirect_target(authority: bytes, host: str, target: bytes, bound_http: int, public: int, https_port: int) -> bytes:
+    """The https:// form of a request to a plain port.
+
+    Clients that reached us at a bound port other than the public one (a node that runs unprivileged on loopback) are
+    sent to the bound HTTPS port likewise; all others to the public one.
+    """
+    _, colon, port = authority.rpartition(b":")
+    plain = host.encode("latin-1")
+    if colon and port == str(bound_http).encode() and bound_http != public and https_port != 443:
+        return b"https://%b:%d%b" % (plain, https_port, target)
+    return b"https://%b%b" % (plain, target)

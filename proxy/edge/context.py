@@ -1,0 +1,166 @@
+"""What every connection of a worker shares: the table, the clock, the counters, the ways to control."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from typing import Protocol
+
+from proxy.clock import unix
+from proxy.decide.ulid import UlidMaker
+from proxy.edge.access_log import AccessLog, Record
+from proxy.edge.table import Table
+from proxy.edge.timers import Wheel
+from proxy.edge.waker import Waker
+from proxy.errors import ProxyError, http_status
+from proxy.ipc import Message, Settings
+from proxy.state import (
+    A_BYTES_IN,
+    A_BYTES_OUT,
+    A_ERRORS,
+    A_LATENCY,
+    A_LATENCY_SUM_US,
+    A_UPSTREAM_CONNECT_TIME_US,
+    A_UPSTREAM_CONNECTS,
+    A_UPSTREAM_DISCONNECTS,
+    A_UPSTREAM_LATENCY,
+    A_UPSTREAM_LATENCY_SUM_US,
+    A_WAKES,
+    LATENCY_BOUNDS_S,
+    OTHER_STATUS,
+    STATUS_CELL,
+    W_LOG_DROPPED,
+    Load,
+    SharedMemory,
+)
+from proxy.wire.http1 import Limits
+
+_BOUNDS_US = tuple(int(bound * 1_000_000) for bound in LATENCY_BOUNDS_S)
+
+
+class ControlLink(Protocol):
+    """How a worker tells control something; a message is lost while control is away, and asked again after."""
+
+    def send(self, message: Message) -> bool: ...
+
+
+class EdgeContext:
+    """One per worker process."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        memory: SharedMemory,
+        worker: int,
+        settings: Settings,
+        public_ports: dict[int, int],
+        link: ControlLink,
+    ) -> None:
+        """`public_ports` maps each public port that is listened on to the port bound for it."""
+        self.loop = loop
+        self.memory = memory
+        self.worker = worker
+        self.cells = memory.cells
+        self.worker_base = memory.worker_base(worker)
+        self.load = Load(memory, worker)
+        self.wheel = Wheel(loop)
+        self.table = Table(public_ports)
+        self.public_ports = public_ports
+        self.rng = random.Random()
+        self.link = link
+        self.waker = Waker(self.wheel, link, self.table, self.rng)
+        self.ulids = UlidMaker(os.urandom(8))
+        self.log = AccessLog("", "json", self.wheel, self._count_dropped)
+        self.draining = False
+        self.settings = Settings(settings.protocol, "", "", "")
+        self.server = b"wakefront"
+        self.apply(settings)
+
+    def apply(self, settings: Settings) -> None:
+        """Take new settings: they hold from the next connection or request on."""
+        old = self.settings
+        log_changed = (old.access_log, old.access_log_format) != (settings.access_log, settings.access_log_format)
+        self.settings = settings
+        self.region = settings.region
+        self.limits = Limits(settings.max_head_bytes, settings.max_headers, settings.max_target_bytes)
+        self.id_suffix = b"-" + settings.region.encode("ascii")
+        if log_changed:
+            self.log.close()
+            self.log = AccessLog(settings.access_log, settings.access_log_format, self.wheel, self._count_dropped)
+        self.waker.set_budgets(settings.wake_hints_per_source_s, settings.wake_hints_per_s)
+
+    def in_flight(self, slot: int) -> int:
+        return self.memory.in_flight(slot)
+
+    def new_request_id(self) -> bytes:
+        return self.ulids.next(int(unix() * 1000)) + self.id_suffix
+
+    def count(self, cell: int, change: int = 1) -> None:
+        """Change one of this worker's own cells (state.W_*)."""
+        self.cells[self.worker_base + cell] += change
+
+    def count_app(
+        self, base: int, upstream_connects: int = 0, upstream_disconnects: int = 0, upstream_connect_us: int = 0
+    ) -> None:
+        cells = self.cells
+        if upstream_connects:
+            cells[base + A_UPSTREAM_CONNECTS] += upstream_connects
+            cells[base + A_UPSTREAM_CONNECT_TIME_US] += upstream_connect_us
+        if upstream_disconnects:
+            cells[base + A_UPSTREAM_DISCONNECTS] += upstream_disconnects
+
+    def count_request(
+        self,
+        app_slot: int,
+        status: int,
+        us: int,
+        upstream_us: int,
+        bytes_in: int,
+        bytes_out: int,
+        failed: bool,
+        woke: bool,
+    ) -> None:
+        """Account one finished request of an app."""
+        cells = self.cells
+        base = self.memory.app_base(self.worker, app_slot)
+        cells[base + STATUS_CELL.get(status, OTHER_STATUS)] += 1
+        cells[base + A_LATENCY + _bucket(us)] += 1
+        cells[base + A_LATENCY_SUM_US] += us
+        if upstream_us:
+            cells[base + A_UPSTREAM_LATENCY + _bucket(upstream_us)] += 1
+            cells[base + A_UPSTREAM_LATENCY_SUM_US] += upstream_us
+        if bytes_in:
+            cells[base + A_BYTES_IN] += bytes_in
+        if bytes_out:
+            cells[base + A_BYTES_OUT] += bytes_out
+        if failed:
+            cells[base + A_ERRORS] += 1
+        if woke:
+            cells[base + A_WAKES] += 1
+
+    def log_rejected(self, client_ip: str, is_tls: bool, public_port: int, error: ProxyError) -> None:
+        """The record of bytes that made no request."""
+        if self.log.is_on:
+            self.log.write(
+                Record(
+                    unix(), "", client_ip, "", "", "", http_status(error.code), 0.0, 0, 0, "", public_port, is_tls,
+                    code=error.code.value, detail=error.detail,
+                )
+            )  # fmt: skip
+
+    def _count_dropped(self, lines: int) -> None:
+        self.count(W_LOG_DROPPED, lines)
+
+    def close(self) -> None:
+        self.log.close()
+        self.wheel.close()
+
+
+def _bucket(us: int) -> int:
+    at = 0
+    for bound in _BOUNDS_US:
+        if us <= bound:
+            return at
+        at += 1
+    return at

@@ -1,0 +1,524 @@
+"""The HTTP/1.1 connection with a client: framing, timers, keep-alive, pipelining. It is the Stream of its exchange.
+
+Bytes of an answer gather in `_out` and leave in one write a turn. Requests that arrive while one is served wait, in
+order, with reading paused. A connection whose request body was not read to its end is closed after the answer, but
+lingers a moment and throws away what still comes: a reset would destroy the answer on its way (RFC 9112 §9.6).
+
+    IDLE -> HEAD (first byte) -> EXCHANGE (head whole) -> IDLE | LINGER | TUNNEL -> CLOSED
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from proxy.decide.headers import identity_fields, interim_head, response_head, switching_head, trailer_block
+from proxy.edge.exchange import Exchange, error_page
+from proxy.edge.flow import ReadGate
+from proxy.edge.relay import Tunnel
+from proxy.edge.table import PortView
+from proxy.edge.timers import NEVER
+from proxy.errors import Code, ProxyError, http_status
+from proxy.model import AppName
+from proxy.state import W_CONNECTIONS
+from proxy.wire.http1 import Headers, RequestHead, RequestReader, ResponseHead
+
+if TYPE_CHECKING:
+    from proxy.edge.context import EdgeContext
+    from proxy.edge.listener import Listener
+
+WRITE_HIGH = 256 * 1024
+WRITE_LOW = 64 * 1024
+MAX_PIPELINED = 16
+JOIN_BYTES = 16 * 1024  # below this one joined write is cheaper than several
+LINGER_S = 2.0
+CLOSE_S = 60.0  # a closing connection's last bytes get this long to leave
+LINGER_BYTES = 1024 * 1024
+UPGRADE_HELD_BYTES = 64 * 1024
+
+
+class Transport(Protocol):
+    """What a connection needs of its transport: uvloop's own, or the TLS layer's."""
+
+    def write(self, data: bytes) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+    def is_closing(self) -> bool: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def write_eof(self) -> None: ...
+    def can_write_eof(self) -> bool: ...
+    def get_extra_info(self, name: str, default: object = None) -> object: ...
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+
+class Phase(enum.Enum):
+    IDLE = "idle"
+    HEAD = "head"
+    EXCHANGE = "exchange"
+    TUNNEL = "tunnel"
+    LINGER = "linger"
+    CLOSED = "closed"
+
+
+class _Queued:
+    """A pipelined request whose turn has not come."""
+
+    __slots__ = ("body", "ended", "head", "trailers")
+
+    def __init__(self, head: RequestHead) -> None:
+        self.head = head
+        self.body: list[bytes] = []
+        self.ended = False
+        self.trailers: Headers = []
+
+
+class HttpConnection(asyncio.Protocol):
+    """One client connection. Satisfies `exchange.Stream` and `wire.http1.RequestSink`."""
+
+    __slots__ = (
+        "_broken", "_edge", "_eof", "_exchange", "_gate", "_held_upgrade", "_identities", "_lingered", "_listener",
+        "_local_ip",
+        "_out", "_phase", "_queue", "_queue_paused", "_reader", "_transport", "_tunnel", "_turn", "_write_paused",
+        "client_ip", "deadline", "is_tls", "public_port", "sni_app", "wheel_tick",
+    )  # fmt: skip
+
+    _transport: Transport
+    _gate: ReadGate
+
+    def __init__(self, edge: EdgeContext, listener: Listener, is_tls: bool, sni_app: AppName | None) -> None:
+        self._edge = edge
+        self._listener = listener
+        self.public_port = listener.public_port
+        self.is_tls = is_tls
+        self.sni_app = sni_app
+        self.client_ip = ""
+        self._local_ip = ""
+        self._identities: dict[tuple[int, bool], bytes] = {}
+        self._reader = RequestReader(self, edge.limits)
+        self._exchange: Exchange | None = None
+        self._queue: deque[_Queued] | None = None
+        self._queue_paused = False
+        self._broken: ProxyError | None = None
+        self._eof = False  # the client sends no more
+        self._held_upgrade: list[bytes] | None = None
+        self._tunnel: Tunnel | None = None
+        self._out: list[bytes] = []
+        self._phase = Phase.IDLE
+        self._write_paused = False
+        self._lingered = 0
+        self._turn = False  # inside data_received: a finished exchange need not look for the next
+        self.deadline = NEVER
+        self.wheel_tick = 0
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # uvloop's transports have what Transport asks for
+        self._gate = ReadGate(self._transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
+        peer = self._transport.get_extra_info("peername")
+        local = self._transport.get_extra_info("sockname")
+        self.client_ip = _plain_ip(peer)
+        self._local_ip = _plain_ip(local)
+        self._edge.count(W_CONNECTIONS)
+        self._listener.connections.add(self)
+        self._edge.wheel.arm(self, self._edge.settings.head_timeout_s)
+
+    def data_received(self, data: bytes) -> None:
+        phase = self._phase
+        if phase is Phase.LINGER:
+            self._linger(len(data))
+            return
+        if phase is Phase.CLOSED or self._broken is not None:
+            return
+        self._turn = True
+        try:
+            self._reader.feed(data)
+        except ProxyError as error:
+            self._turn = False
+            self._on_broken(error)
+            return
+        finally:
+            self._turn = False
+        if self._exchange is None and self._phase is not Phase.CLOSED and self._phase is not Phase.LINGER:
+            if self._queue:
+                self._next()
+            else:
+                self._after_turn()
+
+    def eof_received(self) -> bool:
+        """The client sends no more. What it asked for is still answered."""
+        self._eof = True
+        if self._tunnel is not None:
+            return self._tunnel.client_eof()
+        exchange = self._exchange
+        if exchange is None:
+            return False
+        if not exchange.body_done:
+            self._exchange = None
+            exchange.on_client_gone()
+            return False
+        self._broken = self._broken or ProxyError(Code.CLIENT_GONE)
+        return not self.is_tls
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._phase = Phase.CLOSED
+        self._edge.wheel.drop(self)
+        self._edge.count(W_CONNECTIONS, -1)
+        self._listener.connections.discard(self)
+        self._listener.on_closed()
+        exchange, self._exchange = self._exchange, None
+        self._queue = None
+        self._out.clear()
+        if exchange is not None:
+            exchange.on_client_gone()
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+        if self._exchange is not None:
+            self._exchange.on_client_pause()
+        self._set_deadline()
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        if self._exchange is not None:
+            self._exchange.on_client_resume()
+        self._set_deadline()
+
+    def on_deadline(self) -> None:
+        if self._phase is Phase.HEAD:
+            self._on_broken(ProxyError(Code.HEAD_TIMEOUT, detail="the request head did not arrive in time"))
+        elif self._phase is Phase.EXCHANGE and not self._write_paused and self._exchange is not None:
+            self._exchange.on_client_timeout()
+        elif self._exchange is not None:
+            self._exchange.on_client_gone(Code.IDLE_TIMEOUT)
+            self._transport.abort()
+        elif self._phase is Phase.CLOSED:
+            self._transport.abort()
+        else:
+            self._close()
+
+    # --- what the reader found
+
+    def on_head(self, head: RequestHead) -> None:
+        if self._phase is Phase.LINGER or self._phase is Phase.CLOSED:
+            return
+        if self._exchange is not None or self._queue:
+            self._enqueue(head)
+            return
+        self._start(head)
+
+    def _start(self, head: RequestHead) -> None:
+        self._phase = Phase.EXCHANGE
+        self.deadline = NEVER
+        exchange = self._exchange = Exchange(self._edge, self, head)
+        if head.length:
+            self._set_deadline()
+        exchange.run()
+
+    def on_body(self, data: bytes) -> None:
+        if self._queue:
+            self._queue[-1].body.append(data)
+        elif self._exchange is not None:
+            self._exchange.on_body(data)
+            self._set_deadline()
+        elif self._phase is Phase.LINGER:
+            self._linger(len(data))
+
+    def on_end(self, trailers: Headers) -> None:
+        if self._queue:
+            self._queue[-1].ended = True
+            self._queue[-1].trailers = trailers
+        elif self._exchange is not None:
+            self._exchange.on_body_end(trailers)
+            self._set_deadline()
+
+    def on_upgrade_bytes(self, data: bytes) -> None:
+        if self._tunnel is not None:
+            self._tunnel.from_client(data)
+            return
+        if self._phase is Phase.LINGER:
+            self._linger(len(data))
+            return
+        if self._held_upgrade is None:
+            self._held_upgrade = []
+        self._held_upgrade.append(data)
+        if sum(map(len, self._held_upgrade)) > UPGRADE_HELD_BYTES and not self._queue_paused:
+            self._queue_paused = True
+            self._gate.pause()
+
+    def _enqueue(self, head: RequestHead) -> None:
+        if self._queue is None:
+            self._queue = deque()
+        if len(self._queue) >= MAX_PIPELINED:
+            raise ProxyError(Code.BAD_REQUEST, detail=f"more than {MAX_PIPELINED} requests in the pipeline")
+        self._queue.append(_Queued(head))
+        if not self._queue_paused:
+            self._queue_paused = True
+            self._gate.pause()
+
+    def _after_turn(self) -> None:
+        """No request is being served after what was read: wait for one, or for the rest of its head."""
+        if self._reader.is_between_requests:
+            if self._phase is not Phase.IDLE:
+                self._phase = Phase.IDLE
+                self._edge.wheel.arm(self, self._edge.settings.idle_timeout_s)
+        elif self._phase is not Phase.HEAD:
+            self._phase = Phase.HEAD
+            self._edge.wheel.arm(self, self._edge.settings.head_timeout_s)
+
+    def _on_broken(self, error: ProxyError) -> None:
+        """What the client sent can't be read on. Requests that were whole before are still answered."""
+        exchange, queue = self._exchange, self._queue
+        if queue and self._reader.awaits_body:
+            queue.pop()
+        elif exchange is not None and self._reader.awaits_body:
+            self._broken = error
+            exchange.on_request_broken(error)
+            return
+        self._broken = error
+        if exchange is None and not queue:
+            self._reject(error)
+
+    def _reject(self, error: ProxyError) -> None:
+        """Answer bytes that made no request. There is no app to account it to."""
+        self._phase = Phase.EXCHANGE
+        self.send_answer(
+            http_status(error.code),
+            ((b"wakefront-error", error.code.value.encode()),),
+            error_page(error),
+            self._edge.new_request_id(),
+        )
+        self._listener.on_rejected(self, error)
+        self.finish(close=True)
+
+    # --- Stream: what the exchange sends
+
+    def identity(self, minor: int, keep: bool) -> bytes:
+        fields = self._identities.get((minor, keep))
+        if fields is None:
+            fields = self._identities[minor, keep] = identity_fields(
+                self.client_ip, self._local_ip, self.public_port, self.is_tls, self._edge.region, minor, keep
+            )
+        return fields
+
+    def send_interim(self, head: ResponseHead) -> None:
+        self._out.append(interim_head(head))
+        self.flush()
+
+    def send_head(self, head: ResponseHead, port: PortView, request_id: bytes, framing: bytes, close: bool) -> None:
+        self._out.append(
+            response_head(head, port.rules, request_id, framing, self._edge.server, self._connection_field(close))
+        )
+
+    def _connection_field(self, close: bool) -> bytes:
+        exchange = self._exchange
+        if close or exchange is None or not exchange.head.keep_alive or self._edge.draining:
+            if exchange is not None:
+                exchange.close_after = True
+            return b"connection: close\r\n"
+        return b"" if exchange.head.minor else b"connection: keep-alive\r\n"
+
+    def send_switch(self, head: ResponseHead, port: PortView, request_id: bytes) -> None:
+        self._out.append(switching_head(head, port.rules, request_id, self._edge.server))
+        self.flush()
+
+    def send_data(self, data: bytes) -> None:
+        self._out.append(data)
+
+    def send_chunk(self, data: bytes) -> None:
+        if data:
+            self._out += (b"%x\r\n" % len(data), data, b"\r\n")
+
+    def send_last_chunk(self, trailers: Headers) -> None:
+        self._out.append(trailer_block(trailers))
+
+    def send_answer(self, status: int, fields: tuple[tuple[bytes, bytes], ...], body: bytes, request_id: bytes) -> None:
+        """A whole response of our own."""
+        exchange = self._exchange
+        close = exchange is None or not exchange.body_done or exchange.head.upgrade is not None
+        parts = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Error"))]
+        for name, value in fields:
+            parts += (name, b": ", value, b"\r\n")
+        if body:
+            parts.append(b"content-type: text/plain; charset=utf-8\r\n")
+        parts += (
+            b"content-length: %d\r\nserver: " % len(body), self._edge.server, b"\r\nfly-request-id: ", request_id,
+            b"\r\n", self._connection_field(close), b"\r\n", body,
+        )  # fmt: skip
+        self._out.append(b"".join(parts))
+
+    def flush(self) -> None:
+        """Write what has gathered."""
+        out = self._out
+        if not out:
+            return
+        transport = self._transport
+        if len(out) == 1:
+            data = out[0]
+            out.clear()
+            transport.write(data)
+            return
+        if sum(map(len, out)) <= JOIN_BYTES:
+            data = b"".join(out)
+            out.clear()
+            transport.write(data)
+            return
+        pieces = out[:]
+        out.clear()
+        for piece in pieces:
+            transport.write(piece)
+
+    def finish(self, close: bool) -> None:
+        """The exchange is over; `close` if its connection can carry no other."""
+        exchange, self._exchange = self._exchange, None
+        if self._phase is Phase.CLOSED:
+            return
+        self.flush()
+        if self._tunnel is not None:
+            self._close()
+            return
+        if (
+            close
+            or self._edge.draining
+            or (exchange is not None and (exchange.close_after or not exchange.head.keep_alive))
+        ):
+            self._close_after(exchange)
+        elif self._queue:
+            if not self._turn:
+                self._next()
+        elif self._broken is not None:
+            self._finish_broken(self._broken)
+        elif not self._turn:
+            self._after_turn()
+
+    def _finish_broken(self, error: ProxyError) -> None:
+        if error.code is Code.CLIENT_GONE:
+            self._close()
+        else:
+            self._reject(error)
+
+    def _close_after(self, exchange: Exchange | None) -> None:
+        """Close at once if the client owes us nothing, else let it read our answer first."""
+        self._queue = None
+        whole = exchange is not None and exchange.body_done and self._broken is None
+        if self._eof or (whole and self._reader.is_between_requests and not self._held_upgrade):
+            self._close()
+            return
+        self._phase = Phase.LINGER
+        self._held_upgrade = None
+        while self._gate.pauses:
+            self._gate.resume()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._edge.wheel.arm(self, LINGER_S)
+
+    def _linger(self, size: int) -> None:
+        self._lingered += size
+        if self._lingered > LINGER_BYTES:
+            self._transport.abort()
+
+    def _next(self) -> None:
+        """Serve the pipelined requests whose turn has come."""
+        while self._queue and self._exchange is None and self._phase is not Phase.CLOSED:
+            queued = self._queue.popleft()
+            self._turn = True
+            self._serve(queued)
+            self._turn = False
+        if self._exchange is not None or self._phase in (Phase.CLOSED, Phase.LINGER):
+            return
+        if self._broken is not None:
+            self._finish_broken(self._broken)
+            return
+        self._after_turn()
+
+    def _serve(self, queued: _Queued) -> None:
+        if not self._queue and self._queue_paused:
+            self._queue_paused = False
+            self._gate.resume()
+        self._start(queued.head)
+        exchange = self._exchange
+        if exchange is None:
+            return
+        for piece in queued.body:
+            exchange.on_body(piece)
+        if queued.ended:
+            exchange.on_body_end(queued.trailers)
+
+    def abort(self) -> None:
+        """The answer was broken off: end the connection so that the client sees it."""
+        self._exchange = None
+        if self._phase is not Phase.CLOSED:
+            self._transport.abort() if self._write_paused else self._transport.close()
+            self._phase = Phase.CLOSED
+
+    def pause_body(self) -> None:
+        self._gate.pause()
+        self._set_deadline()
+
+    def resume_body(self) -> None:
+        if self._gate.pauses:
+            self._gate.resume()
+        self._set_deadline()
+
+    def open_tunnel(self, tunnel: Tunnel) -> None:
+        self._tunnel = tunnel
+        self._phase = Phase.TUNNEL
+        self.deadline = NEVER
+        held, self._held_upgrade = self._held_upgrade, None
+        for piece in held or ():
+            tunnel.from_client(piece)
+        if self._queue_paused:
+            self._queue_paused = False
+            self._gate.resume()
+
+    def end_output(self) -> bool:
+        self.flush()
+        if self.is_tls or not self._transport.can_write_eof() or self._transport.is_closing():
+            return False
+        self._transport.write_eof()
+        return True
+
+    # --- timers and the end
+
+    def _set_deadline(self) -> None:
+        """While a request is served, the client is on the clock only where it is the slow side."""
+        if self._phase is not Phase.EXCHANGE or self._exchange is None:
+            return
+        exchange = self._exchange
+        if self._write_paused or (not exchange.body_done and not self._gate.pauses):
+            app = exchange.app
+            self._edge.wheel.arm(self, app.record.limits.idle_timeout_s if app is not None else 60.0)
+        else:
+            self.deadline = NEVER
+
+    def drain(self) -> None:
+        """Take no further request: close now if idle, else after the answer under way."""
+        if self._exchange is None and self._phase in (Phase.IDLE, Phase.HEAD) and self._reader.is_between_requests:
+            self._close()
+
+    def end_tunnel(self) -> None:
+        if self._tunnel is not None:
+            self._tunnel.going_away()
+
+    def _close(self) -> None:
+        if self._phase is not Phase.CLOSED:
+            self._phase = Phase.CLOSED
+            self._edge.wheel.arm(self, CLOSE_S)
+            self._transport.close()
+
+
+def _plain_ip(address: object) -> str:
+    ip = str(address[0]) if isinstance(address, tuple) and address else ""
+    return ip.removeprefix("::ffff:") if "." in ip else ip
+
+
+_REASONS = {
+    301: b"Moved Permanently", 400: b"Bad Request", 404: b"Not Found", 408: b"Request Timeout",
+    414: b"URI Too Long", 417: b"Expectation Failed", 421: b"Misdirected Request",
+    431: b"Request Header Fields Too Large", 500: b"Internal Server Error", 501: b"Not Implemented",
+    502: b"Bad Gateway", 503: b"Service Unavailable", 504: b"Gateway Timeout", 505: b"HTTP Version Not Supported",
+}  # fmt: skip

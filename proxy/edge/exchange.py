@@ -1,0 +1,614 @@
+"""One request from its head to its log line. `run` is the list of phases; each answers, waits, or passes on.
+
+An Exchange knows no HTTP version towards the client: it talks to a `Stream`. It is synchronous while nothing must be
+waited for: a running machine with a kept connection costs no task. What is waited for calls back: a connection being
+made (`on_connected`), a machine being woken (`_on_woken`).
+
+    run -> _route -> _admit -> _choose -> _attempt -> [connect] -> _send -> response head -> relay -> _end
+                                  |  ^                    |
+                                wake +---- retry ---------+
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from proxy.clock import monotonic_ns, unix
+from proxy.decide.balance import choose_machine
+from proxy.decide.headers import redirect_target, request_head, response_framing, trailer_block
+from proxy.decide.retry import Step, next_step
+from proxy.decide.wake import Held, choose_to_wake
+from proxy.edge.access_log import Record
+from proxy.edge.relay import Tunnel
+from proxy.edge.table import AppView, MachineView, PortView
+from proxy.edge.upstream import UpstreamConnection, pool_for
+from proxy.errors import Code, ProxyError, Source, http_status
+from proxy.ipc import PassiveFailure
+from proxy.model import AppName, MachineId
+from proxy.wire.http1 import CHUNKED, Headers, RequestHead, ResponseHead
+
+if TYPE_CHECKING:
+    from proxy.edge.context import EdgeContext
+
+HOLD_BYTES = 64 * 1024  # of a body held while there is no machine to send it to
+
+
+class Stream(Protocol):
+    """The client's side of one request, in any HTTP version."""
+
+    client_ip: str
+    public_port: int
+    is_tls: bool
+    sni_app: AppName | None  # the app whose certificate was shown
+
+    def identity(self, minor: int, keep: bool) -> bytes: ...
+    def send_interim(self, head: ResponseHead) -> None: ...
+    def send_head(self, head: ResponseHead, port: PortView, request_id: bytes, framing: bytes, close: bool) -> None: ...
+    def send_switch(self, head: ResponseHead, port: PortView, request_id: bytes) -> None: ...
+    def send_data(self, data: bytes) -> None: ...
+    def send_chunk(self, data: bytes) -> None: ...
+    def send_last_chunk(self, trailers: Headers) -> None: ...
+    def send_answer(
+        self, status: int, fields: tuple[tuple[bytes, bytes], ...], body: bytes, request_id: bytes
+    ) -> None: ...
+    def flush(self) -> None: ...
+    def finish(self, close: bool) -> None: ...
+    def abort(self) -> None: ...
+    def pause_body(self) -> None: ...
+    def resume_body(self) -> None: ...
+    def open_tunnel(self, tunnel: Tunnel) -> None: ...
+    def end_output(self) -> bool:
+        """Say that no more comes, and go on receiving. False where only both ways can be closed."""
+
+
+class Exchange:
+    """One request. Created by a stream when a head is whole; gone when the record is written."""
+
+    __slots__ = (
+        "app", "attempts", "body_done", "bytes_in", "bytes_out", "chunked_out", "client_held", "close_after", "code",
+        "connecting", "counted_slot", "detail", "edge", "ended", "failed", "first_byte_ns", "head", "head_only",
+        "held", "held_bytes", "machine", "port", "request_id", "response", "sent_ns", "started_ns", "started_unix",
+        "status", "stream", "ticket", "trailers", "tried", "tunnel", "upstream", "upstream_full", "upstream_held",
+        "wake_machine",
+        "wake_ns", "wakes",
+    )  # fmt: skip
+
+    def __init__(self, edge: EdgeContext, stream: Stream, head: RequestHead) -> None:
+        self.edge = edge
+        self.stream = stream
+        self.head = head
+        self.head_only = head.method == b"HEAD"
+        self.started_ns = monotonic_ns()
+        self.started_unix = unix()
+        self.request_id = edge.new_request_id()
+        self.app: AppView | None = None
+        self.port: PortView | None = None
+        self.machine: MachineView | None = None
+        self.upstream: UpstreamConnection | None = None
+        self.connecting: asyncio.Task[None] | None = None
+        self.counted_slot = -1
+        self.attempts = 0
+        self.wakes = 0
+        self.tried: set[MachineId] | None = None
+        self.held: list[bytes] | None = None
+        self.held_bytes = 0
+        self.client_held = False  # we paused the client because its body has nowhere to go
+        self.upstream_held = False  # the client's side asked the machine's to stand still
+        self.upstream_full = False  # the machine's side asked the client's to stand still
+        self.body_done = head.length == 0
+        self.trailers: Headers | None = None
+        self.response: ResponseHead | None = None
+        self.chunked_out = False
+        self.close_after = False
+        self.tunnel: Tunnel | None = None
+        self.ticket = 0
+        self.wake_machine: MachineId | None = None
+        self.wake_ns = 0
+        self.sent_ns = 0
+        self.first_byte_ns = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.status = 0
+        self.code: Code | None = None
+        self.detail = ""
+        self.failed = False
+        self.ended = False
+
+    # --- phases
+
+    def run(self) -> None:
+        """Go through the phases until something answers or has to be waited for."""
+        error = self._route()
+        if error is not None:
+            self.refuse(error)
+        elif not self._redirect():
+            self._choose()
+
+    def _route(self) -> ProxyError | None:
+        stream = self.stream
+        app = self.edge.table.hosts.get(self.head.host)
+        if app is None:
+            return ProxyError(Code.UNKNOWN_HOST, Source.DOWNSTREAM, detail="no app has this host name")
+        sni_app = stream.sni_app
+        if sni_app is not None and sni_app != app.record.name:
+            return ProxyError(Code.MISDIRECTED, Source.DOWNSTREAM, detail="Host is another app's than the certificate")
+        self.app = app
+        port = app.ports.get(stream.public_port)
+        if port is None or not port.http:
+            return ProxyError(Code.UNKNOWN_HOST, Source.DOWNSTREAM, detail="the app serves no HTTP on this port")
+        if port.tls is not stream.is_tls:
+            return ProxyError(Code.BAD_REQUEST, Source.DOWNSTREAM, detail="this port speaks TLS, the request did not")
+        self.port = port
+        return None
+
+    def _redirect(self) -> bool:
+        port, stream = self.port, self.stream
+        assert port is not None
+        if not port.force_https or stream.is_tls:
+            return False
+        ports = self.edge.public_ports
+        head = self.head
+        location = redirect_target(
+            head.authority, head.host, head.target, ports.get(stream.public_port, 0), stream.public_port,
+            ports.get(443, 443),
+        )  # fmt: skip
+        self.status = 301
+        stream.send_answer(301, ((b"location", location),), b"", self.request_id)
+        self._end(close=not self.body_done)
+        return True
+
+    def _choose(self) -> None:
+        port, edge = self.port, self.edge
+        assert port is not None and self.app is not None
+        service = port.service
+        running = service.running
+        if self.tried:
+            running = [one for one in running if one.record.id not in self.tried]
+        machine = choose_machine(running, edge.in_flight, service.record.soft_limit, edge.rng)
+        if machine is not None:
+            self._attempt(machine)
+            return
+        if not service.record.autostart:
+            self.refuse(ProxyError(Code.NO_CANDIDATE, detail="no machine runs and autostart is off"))
+            return
+        now = unix()
+        choice = choose_to_wake((one.record for one in self.app.machines.values()), service.record.processes, now)
+        if isinstance(choice, Held):
+            self.refuse(
+                ProxyError(
+                    Code.WAKE_HELD, Source.MACHINE, detail=choice.reason,
+                    retry_after_s=max(1, round(choice.until - now)),
+                )
+            )  # fmt: skip
+        elif choice is None:
+            self.refuse(ProxyError(Code.NO_CANDIDATE, detail="the app has no machine for this port"))
+        else:
+            self._wake(choice)
+
+    def _wake(self, machine: MachineId) -> None:
+        assert self.app is not None
+        self.wakes += 1
+        if self.wakes > 3:
+            self.refuse(ProxyError(Code.NO_CANDIDATE_AFTER_RETRIES, detail="woken three times, reached never"))
+            return
+        self.tried = None
+        self.wake_machine = machine
+        self.wake_ns -= monotonic_ns()
+        try:
+            self.ticket = self.edge.waker.wait(self.app, machine, self._on_woken)
+        except ProxyError as error:
+            self._wake_over()
+            self.refuse(error)
+
+    def _wake_over(self) -> None:
+        self.wake_ns += monotonic_ns()
+        self.wake_machine = None
+
+    def _on_woken(self, error: ProxyError | None) -> None:
+        self._wake_over()
+        if self.ended:
+            return
+        if error is not None:
+            self.refuse(error)
+        else:
+            self._refresh_route()
+
+    def _refresh_route(self) -> None:
+        """Choose by the newest record: it may have been replaced while we waited."""
+        error = self._route()
+        if error is not None:
+            self.refuse(error)
+        else:
+            self._choose()
+
+    def _attempt(self, machine: MachineView) -> None:
+        app, port, edge = self.app, self.port, self.edge
+        assert app is not None and port is not None
+        self.machine = machine
+        self.attempts += 1
+        if self.counted_slot != machine.slot:
+            self._release_load()
+            self.counted_slot = machine.slot
+            edge.load.admit(machine.slot, None)
+        pool = pool_for(edge, machine, port.service, app)
+        connection = pool.take()
+        if connection is None:
+            self.connecting = pool.connect(self)
+        else:
+            self._send(connection)
+
+    def on_connected(self, connection: UpstreamConnection) -> None:
+        self.connecting = None
+        if self.ended:
+            connection.release(clean=True)
+            return
+        self._send(connection)
+
+    def on_connect_failed(self, error: ProxyError) -> None:
+        self.connecting = None
+        if not self.ended:
+            machine = self.machine
+            assert machine is not None
+            self.edge.link.send(
+                PassiveFailure(machine.app, machine.record.id, machine.record.version, error.code.value)
+            )
+            self._after_failure(error)
+
+    def _send(self, connection: UpstreamConnection) -> None:
+        """Write the head and what is held of the body; from here on the body streams."""
+        stream, head, port, app = self.stream, self.head, self.port, self.app
+        assert port is not None and app is not None
+        self.upstream = connection
+        connection.begin(self, self.head_only)
+        self.sent_ns = monotonic_ns()
+        rng = self.edge.rng
+        data = request_head(
+            head,
+            stream.identity(head.minor, port.service.pooled or head.upgrade is not None),
+            self.request_id,
+            int(self.started_unix * 1_000_000),
+            b"00-%032x-%016x-00" % (rng.getrandbits(128) | 1, rng.getrandbits(64) | 1),
+        )
+        limits = app.record.limits
+        if self.held is None and self.body_done:
+            connection.write(data)
+            if limits.first_byte_timeout_s is not None:
+                connection.arm(limits.first_byte_timeout_s)
+            return
+        connection.write(data)
+        connection.disarm()
+        held, self.held, self.held_bytes = self.held, None, 0
+        for piece in held or ():
+            self._write_body(connection, piece)
+        if self.body_done:
+            self._finish_request(connection)
+        if self.client_held:
+            self.client_held = False
+            stream.resume_body()
+
+    def _write_body(self, connection: UpstreamConnection, data: bytes) -> None:
+        if self.head.length == CHUNKED:
+            connection.write(b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            connection.write(data)
+
+    def _finish_request(self, connection: UpstreamConnection) -> None:
+        if self.head.length == CHUNKED:
+            connection.write(trailer_block(self.trailers or []))
+        assert self.app is not None
+        limit = self.app.record.limits.first_byte_timeout_s
+        if self.response is None and limit is not None:
+            connection.arm(limit)
+
+    # --- the request's body, from the stream
+
+    def on_body(self, data: bytes) -> None:
+        self.bytes_in += len(data)
+        connection = self.upstream
+        if connection is not None:
+            self._write_body(connection, data)
+        elif not self.ended:
+            if self.held is None:
+                self.held = []
+            self.held.append(data)
+            self.held_bytes += len(data)
+            if self.held_bytes > HOLD_BYTES and not self.client_held:
+                self.client_held = True
+                self.stream.pause_body()
+
+    def on_body_end(self, trailers: Headers) -> None:
+        if self.body_done:
+            return
+        self.body_done = True
+        self.trailers = trailers
+        if self.upstream is not None and not self.ended:
+            self._finish_request(self.upstream)
+
+    # --- the answer, from the machine
+
+    def on_response_head(self, head: ResponseHead) -> None:
+        if head.status < 200:
+            self._on_interim(head)
+            return
+        stream, request, port, app = self.stream, self.head, self.port, self.app
+        assert port is not None and app is not None and self.upstream is not None
+        self.first_byte_ns = monotonic_ns()
+        self.response = head
+        self.status = head.status
+        framing, self.chunked_out, must_close = response_framing(head, self.head_only, request.minor)
+        # A body that is not whole yet may never be: then the connection's next byte is not a request.
+        self.close_after = must_close or not self.body_done or request.upgrade is not None
+        self.upstream.arm(app.record.limits.idle_timeout_s)
+        stream.send_head(head, port, self.request_id, framing, self.close_after)
+
+    def _on_interim(self, head: ResponseHead) -> None:
+        if head.status == 101:
+            self._switch(head)
+        elif self.head.minor == 1:
+            self.stream.send_interim(head)
+
+    def _switch(self, head: ResponseHead) -> None:
+        connection, port, app = self.upstream, self.port, self.app
+        assert connection is not None and port is not None and app is not None
+        if self.head.upgrade is None:
+            self._on_failure(
+                ProxyError(Code.UPGRADE_REFUSED, Source.UPSTREAM, detail="101 to a request without Upgrade")
+            )
+            return
+        self.first_byte_ns = monotonic_ns()
+        self.response = head
+        self.status = 101
+        connection.disarm()
+        self.stream.send_switch(head, port, self.request_id)
+        self.tunnel = Tunnel(self, connection, app.record.limits.idle_timeout_s)
+        self.stream.open_tunnel(self.tunnel)
+
+    def on_upgrade_bytes(self, data: bytes) -> None:
+        if self.tunnel is not None:
+            self.bytes_out += len(data)
+            self.tunnel.from_machine(data)
+
+    def on_response_body(self, data: bytes) -> None:
+        self.bytes_out += len(data)
+        if self.chunked_out:
+            self.stream.send_chunk(data)
+        else:
+            self.stream.send_data(data)
+        # the deadline moves with each piece: an assignment, not a timer
+        connection, app = self.upstream, self.app
+        if connection is not None and app is not None:
+            connection.arm(app.record.limits.idle_timeout_s)
+
+    def on_response_end(self, trailers: Headers) -> None:
+        if self.chunked_out:
+            self.stream.send_last_chunk(trailers)
+        connection, self.upstream = self.upstream, None
+        response = self.response
+        assert connection is not None and response is not None
+        if self.upstream_held:
+            self.upstream_held = False
+            connection.gate.resume()
+        self.on_upstream_resume()
+        connection.release(clean=response.keep_alive and self.body_done and self.head.upgrade is None)
+        self._end(close=self.close_after or not self.body_done)
+
+    def on_upstream_read(self) -> None:
+        """The machine's bytes of this turn have been taken: pass on what gathered."""
+        if not self.ended:
+            self.stream.flush()
+
+    def on_upstream_eof(self) -> bool:
+        """The machine sends no more. True keeps our side to it open (a half-closed tunnel)."""
+        return self.tunnel is not None and self.tunnel.machine_eof()
+
+    def on_upstream_failed(self, error: ProxyError) -> None:
+        self.upstream = None
+        if not self.ended:
+            self._on_failure(error)
+
+    # --- back-pressure
+
+    def on_upstream_pause(self) -> None:
+        if not self.upstream_full:
+            self.upstream_full = True
+            self.stream.pause_body()
+
+    def on_upstream_resume(self) -> None:
+        if self.upstream_full:
+            self.upstream_full = False
+            self.stream.resume_body()
+
+    def on_client_pause(self) -> None:
+        """The client does not take what we send: let the machine wait."""
+        if self.upstream is not None and not self.upstream_held:
+            self.upstream_held = True
+            self.upstream.gate.pause()
+            self.upstream.disarm()
+
+    def on_client_resume(self) -> None:
+        if self.upstream is not None and self.upstream_held:
+            self.upstream_held = False
+            self.upstream.gate.resume()
+            if self.app is not None and self.response is not None:
+                self.upstream.arm(self.app.record.limits.idle_timeout_s)
+
+    # --- endings
+
+    def _on_failure(self, error: ProxyError) -> None:
+        if self.tunnel is not None:
+            self.tunnel.machine_lost()
+        elif self.response is not None:
+            self._fail_midway(error)
+        else:
+            self._after_failure(error)
+
+    def _after_failure(self, error: ProxyError) -> None:
+        """An attempt failed before any answer: what next is decide/retry's to say."""
+        machine, port = self.machine, self.port
+        assert machine is not None and port is not None
+        has_body = self.head.length != 0
+        tried = (self.tried or set()) | {machine.record.id}
+        others = any(one.record.id not in tried for one in port.service.running) or self.wakes == 0
+        step = next_step(self.head.method, has_body, error.code, error.retry, self.attempts, others)
+        if step is Step.FRESH_CONNECTION:
+            self.connecting = self._fresh(machine)
+        elif step is Step.ANOTHER:
+            self.tried = tried
+            self._another(machine)
+        else:
+            self.refuse(error)
+
+    def _fresh(self, machine: MachineView) -> asyncio.Task[None]:
+        assert self.port is not None and self.app is not None
+        self.attempts += 1
+        return pool_for(self.edge, machine, self.port.service, self.app).connect(self)
+
+    def _another(self, failed: MachineView) -> None:
+        """Another running machine; with none left, have control look after the one that failed."""
+        assert self.port is not None
+        self._release_load()
+        if any(one.record.id not in (self.tried or ()) for one in self.port.service.running):
+            self._choose()
+        elif failed.record.state.value == "started":
+            self._wake(failed.record.id)
+        else:
+            self.tried = None
+            self._choose()
+
+    def refuse(self, error: ProxyError) -> None:
+        """Answer with an error of ours. Only before any byte of an answer has been sent."""
+        self.code, self.detail, self.failed = error.code, error.detail, True
+        self._drop_upstream()
+        self.status = http_status(error.code)
+        fields: tuple[tuple[bytes, bytes], ...] = ((b"wakefront-error", error.code.value.encode()),)
+        if error.retry_after_s is not None:
+            fields += ((b"retry-after", b"%d" % error.retry_after_s),)
+        body = b"" if self.head_only else error_page(error)
+        self.stream.send_answer(self.status, fields, body, self.request_id)
+        close = not self.body_done or self.head.upgrade is not None
+        self._end(close)
+
+    def _fail_midway(self, error: ProxyError) -> None:
+        """The answer is broken off. After its head went out, closing is the only honest signal."""
+        self.code, self.detail, self.failed = error.code, error.detail, True
+        self._drop_upstream()
+        self.stream.flush()
+        self._record()
+        self.stream.abort()
+
+    def on_client_gone(self, code: Code = Code.CLIENT_GONE) -> None:
+        """The client left or its time is up; nobody else is harmed by it."""
+        if self.ended:
+            return
+        if self.tunnel is not None:
+            self.tunnel.client_lost()
+            return
+        if self.code is None:
+            self.code = code
+        self._drop_upstream()
+        if self.status == 0:
+            self.status = 499
+        self._record()
+
+    def on_client_timeout(self) -> None:
+        """The rest of the request did not come."""
+        error = ProxyError(Code.BODY_TIMEOUT, Source.DOWNSTREAM, detail="the request's body stopped arriving")
+        self.on_request_broken(error)
+
+    def on_request_broken(self, error: ProxyError) -> None:
+        """The rest of the request can't be read. The machine must not take a part for the whole."""
+        if self.ended:
+            return
+        if self.response is None:
+            self.refuse(error)
+        else:
+            self._fail_midway(error)
+
+    def on_tunnel_closed(self, bytes_in: int) -> None:
+        self.bytes_in += bytes_in
+        self.upstream = None
+        self._record()
+
+    def _drop_upstream(self) -> None:
+        if self.wake_machine is not None:
+            self.edge.waker.cancel(self.wake_machine, self.ticket)
+            self._wake_over()
+        if self.connecting is not None:
+            self.connecting.cancel()
+            self.connecting = None
+        connection, self.upstream = self.upstream, None
+        if connection is not None:
+            connection.abort()
+        self.held = None
+        self.on_upstream_resume()
+        if self.client_held:
+            self.client_held = False
+            self.stream.resume_body()
+
+    def _release_load(self) -> None:
+        if self.counted_slot >= 0:
+            self.edge.load.release(self.counted_slot)
+            self.counted_slot = -1
+
+    def _end(self, close: bool) -> None:
+        self._record()
+        self.stream.finish(close)
+
+    def _record(self) -> None:
+        """Count and log; exactly once."""
+        if self.ended:
+            return
+        self.ended = True
+        self._release_load()
+        edge, app, head = self.edge, self.app, self.head
+        now = monotonic_ns()
+        us = (now - self.started_ns) // 1000
+        first_us = (self.first_byte_ns - self.started_ns) // 1000 if self.first_byte_ns else 0
+        if app is not None:
+            upstream_us = (self.first_byte_ns - self.sent_ns) // 1000 if self.first_byte_ns else 0
+            edge.count_request(
+                app.record.slot,
+                self.status,
+                us,
+                upstream_us,
+                self.bytes_in,
+                self.bytes_out,
+                self.failed,
+                self.wakes > 0,
+            )
+        if edge.log.is_on:
+            edge.log.write(
+                Record(
+                    self.started_unix, app.record.name if app is not None else "", self.stream.client_ip,
+                    head.method.decode("latin-1"), head.host, head.target.decode("latin-1"), self.status, us / 1000,
+                    self.bytes_in, self.bytes_out, self.request_id.decode("ascii"), self.stream.public_port,
+                    self.stream.is_tls, self.machine.record.id if self.machine is not None else "", first_us / 1000,
+                    self.wake_ns // 1000 / 1000, self.attempts, self.code.value if self.code is not None else "",
+                    self.detail, self.tunnel is not None,
+                )
+            )  # fmt: skip
+
+
+def error_page(error: ProxyError) -> bytes:
+    """What a person sees: the code, its name, and one sentence; never what the machine or the system said."""
+    return f"{error.code.value} {_PHRASES.get(error.code, error.code.name.lower().replace('_', ' '))}\n".encode()
+
+
+_PHRASES = {
+    Code.UNKNOWN_HOST: "No app is served here under this name.",
+    Code.MISDIRECTED: "This connection was made for another app.",
+    Code.BAD_REQUEST: "The request could not be understood.",
+    Code.WAKE_TIMEOUT: "The app was started but did not answer in time.",
+    Code.START_FAILED: "The app could not be started.",
+    Code.WAKE_HELD: "The app failed to start; it will be tried again shortly.",
+    Code.NO_CANDIDATE: "No machine can take this request.",
+    Code.CONTROL_UNAVAILABLE: "The app is asleep and can't be started right now.",
+    Code.TOO_MANY_WAITERS: "Too many requests wait for this app to start.",
+    Code.CONNECT_REFUSED: "The app does not accept connections.",
+    Code.CONNECT_TIMEOUT: "The app did not accept the connection in time.",
+    Code.REQUEST_UNFINISHED: "The app closed the connection without an answer.",
+    Code.CONNECT_RESET: "The app closed the connection without an answer.",
+    Code.RESPONSE_INVALID: "The app's answer could not be understood.",
+    Code.FIRST_BYTE_TIMEOUT: "The app did not answer in time.",
+}

@@ -1,0 +1,224 @@
+"""What a worker knows of apps and machines: records as control sent them, beside what belongs to this worker alone.
+
+One `AppView` per app, replaced or updated in one assignment when a record comes; requests read it without locks. A
+`MachineView` lives as long as its machine is known and owns its connection pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from proxy.decide.headers import ResponseRules
+from proxy.model import App, AppName, Machine, MachineId, MachineState, Port, Service
+
+
+class MachineView:
+    """A machine and this worker's dealings with it."""
+
+    __slots__ = ("app", "pools", "record", "slot", "soft_cordoned")
+
+    def __init__(self, app: AppName, record: Machine) -> None:
+        self.app = app
+        self.record = record
+        self.slot = record.slot
+        self.soft_cordoned = False
+        self.pools: dict[int, Pool] = {}
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.record.state is MachineState.STARTED and not self.record.cordoned and not self.soft_cordoned
+
+    def close_pools(self) -> None:
+        for pool in self.pools.values():
+            pool.close()
+        self.pools.clear()
+
+
+class Pool:
+    """What the table needs of a connection pool (upstream.py has the real one)."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class ServiceView:
+    """A service and the machines that can take its requests now."""
+
+    __slots__ = ("machines", "pooled", "record", "running")
+
+    def __init__(self, record: Service, machines: Iterable[MachineView]) -> None:
+        self.record = record
+        self.pooled = record.concurrency_type.value == "requests"
+        self.machines = [one for one in machines if one.record.group in record.processes]
+        self.running: list[MachineView] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.running = [
+            one
+            for one in self.machines
+            if one.takes_requests and one.record.endpoint(self.record.internal_port) is not None
+        ]
+
+
+class PortView:
+    """One public port of an app: where its requests go and what is done to them."""
+
+    __slots__ = ("force_https", "http", "record", "rules", "service", "tls")
+
+    def __init__(self, record: Port, service: ServiceView) -> None:
+        self.record = record
+        self.service = service
+        self.http = "http" in record.handlers
+        self.tls = "tls" in record.handlers
+        self.force_https = record.force_https
+        self.rules = ResponseRules(record.pristine, record.response_headers)
+
+
+class AppView:
+    """An app, ready for requests."""
+
+    __slots__ = ("machines", "ports", "record", "services")
+
+    def __init__(self, record: App, public_ports: Iterable[int], machines: dict[MachineId, MachineView]) -> None:
+        self.record = record
+        self.machines = machines
+        self.services = [ServiceView(service, machines.values()) for service in record.services]
+        self.ports: dict[int, PortView] = {}
+        for service in self.services:
+            for port in service.record.ports:
+                for public in public_ports:
+                    if port.start <= public <= port.end and public not in self.ports:
+                        self.ports[public] = PortView(port, service)
+
+    def refresh(self) -> None:
+        for service in self.services:
+            service.refresh()
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether a request would find no machine of some service running."""
+        return any(not service.running for service in self.services)
+
+
+class Table:
+    """All apps by name and by host. `on_machine` is told of every machine record that took effect."""
+
+    def __init__(self, public_ports: Iterable[int]) -> None:
+        self._public_ports = tuple(public_ports)
+        self.apps: dict[AppName, AppView] = {}
+        self.hosts: dict[str, AppView] = {}
+        self.on_machine: Callable[[AppName, Machine], None] | None = None
+        self.on_machine_gone: Callable[[MachineId], None] | None = None
+        self._loading: set[AppName] | None = None
+        self._port_kinds: dict[int, str] = {}
+
+    def start_load(self) -> None:
+        """A whole table follows: what it does not name is gone at its end."""
+        self._loading = set()
+
+    def end_load(self) -> None:
+        if self._loading is None:
+            return
+        for name in [name for name in self.apps if name not in self._loading]:
+            self.remove_app(name)
+        self._loading = None
+
+    def set_app(self, record: App) -> None:
+        """Put an app in, or replace it; its machines keep their pools."""
+        old = self.apps.get(record.name)
+        known = old.machines if old is not None else {}
+        machines: dict[MachineId, MachineView] = {}
+        changed: list[Machine] = []
+        for machine in record.machines:
+            view = known.get(machine.id)
+            if view is None:
+                view = MachineView(record.name, machine)
+                changed.append(machine)
+            elif machine.version >= view.record.version:
+                if machine != view.record:
+                    changed.append(machine)
+                self._update(view, machine)
+            machines[machine.id] = view
+        app = AppView(record, self._public_ports, machines)
+        self.apps[record.name] = app
+        self._port_kinds.clear()
+        for host in record.hostnames:
+            self.hosts[host] = app
+        if old is not None:
+            self._drop_left_over(old, app)
+        if self._loading is not None:
+            self._loading.add(record.name)
+        if self.on_machine is not None:
+            for machine in changed:
+                self.on_machine(record.name, machine)
+
+    def _drop_left_over(self, old: AppView, new: AppView) -> None:
+        for host in old.record.hostnames:
+            if self.hosts.get(host) is old:
+                del self.hosts[host]
+        for machine_id, view in old.machines.items():
+            if machine_id not in new.machines:
+                view.close_pools()
+                if self.on_machine_gone is not None:
+                    self.on_machine_gone(machine_id)
+
+    def remove_app(self, name: AppName) -> None:
+        app = self.apps.pop(name, None)
+        if app is None:
+            return
+        self._port_kinds.clear()
+        for host in app.record.hostnames:
+            if self.hosts.get(host) is app:
+                del self.hosts[host]
+        for machine_id, view in app.machines.items():
+            view.close_pools()
+            if self.on_machine_gone is not None:
+                self.on_machine_gone(machine_id)
+
+    def set_machine(self, name: AppName, machine: Machine) -> None:
+        """Take a machine's newer record; an older version never overwrites a newer one."""
+        app = self.apps.get(name)
+        if app is None:
+            return
+        view = app.machines.get(machine.id)
+        if view is None:
+            return  # a new machine comes with its app's record
+        if machine.version < view.record.version:
+            return
+        self._update(view, machine)
+        app.refresh()
+        if self.on_machine is not None:
+            self.on_machine(name, machine)
+
+    def _update(self, view: MachineView, machine: Machine) -> None:
+        moved = (
+            machine.endpoints != view.record.endpoints
+            or machine.netns_pid != view.record.netns_pid
+            or machine.state is not MachineState.STARTED
+        )
+        if machine.version > view.record.version:
+            view.soft_cordoned = False
+        view.record = machine
+        view.slot = machine.slot
+        if moved:
+            view.close_pools()
+
+    def soft_cordon(self, name: AppName, machine_id: MachineId, on: bool) -> None:
+        """Stop (or go on) choosing a machine, ahead of its next record."""
+        app = self.apps.get(name)
+        view = app.machines.get(machine_id) if app is not None else None
+        if app is not None and view is not None:
+            view.soft_cordoned = on
+            app.refresh()
+
+    def port_kind(self, public_port: int) -> str:
+        """`tls`, `plain` or `mixed`: what arrives on a public port, as its apps' handlers have it."""
+        kind = self._port_kinds.get(public_port)
+        if kind is None:
+            kinds = {app.ports[public_port].tls for app in self.apps.values() if public_port in app.ports}
+            kind = "plain" if True not in kinds else "tls" if kinds == {True} else "mixed"
+            self._port_kinds[public_port] = kind
+        return kind

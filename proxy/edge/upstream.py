@@ -1,0 +1,332 @@
+"""Connections to machines: made, kept, and taken again only after a cleanly finished exchange.
+
+A `Pool` serves one machine and internal port. Services of type `requests` keep connections for about 4 s of idleness
+(spec routing §5.2), below the 5 s at which common app servers close theirs; services of type `connections` get a new
+one for each request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol
+
+from proxy import namespace
+from proxy.clock import monotonic_ns, spawn
+from proxy.edge import table
+from proxy.edge.flow import ReadGate
+from proxy.edge.timers import NEVER
+from proxy.errors import Code, ProxyError, Retry, Source
+from proxy.model import Endpoint
+from proxy.wire.http1 import Headers, Limits, ResponseHead, ResponseReader
+
+if TYPE_CHECKING:
+    from proxy.edge.context import EdgeContext
+
+IDLE_S = 4.0
+MAX_IDLE = 256
+READ_HIGH = 256 * 1024  # written to a machine and not yet taken by the kernel: the client is paused
+READ_LOW = 64 * 1024
+_LIMITS = Limits(max_head_bytes=131_072, max_headers=200)
+
+
+class UpstreamUser(Protocol):
+    """Who an upstream connection works for: an exchange."""
+
+    def on_connected(self, connection: UpstreamConnection) -> None: ...
+    def on_connect_failed(self, error: ProxyError) -> None: ...
+    def on_response_head(self, head: ResponseHead) -> None: ...
+    def on_response_body(self, data: bytes) -> None: ...
+    def on_response_end(self, trailers: Headers) -> None: ...
+    def on_upgrade_bytes(self, data: bytes) -> None: ...
+    def on_upstream_read(self) -> None: ...
+    def on_upstream_eof(self) -> bool: ...
+    def on_upstream_failed(self, error: ProxyError) -> None: ...
+    def on_upstream_pause(self) -> None: ...
+    def on_upstream_resume(self) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to a machine, HTTP/1.1, one exchange at a time."""
+
+    __slots__ = (
+        "_reader", "_user", "_wheel", "answered", "deadline", "gate", "pool", "reused", "transport", "wheel_tick",
+    )  # fmt: skip
+
+    transport: asyncio.Transport
+    gate: ReadGate
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._wheel = pool.edge.wheel
+        self._user: UpstreamUser | None = None
+        self.reused = False
+        self.answered = False  # some byte of the answer under way has arrived
+        self.deadline = NEVER
+        self.wheel_tick = 0
+        self._reader = ResponseReader(self, _LIMITS)
+
+    # --- for the exchange
+
+    def begin(self, user: UpstreamUser, head_only: bool) -> None:
+        self._user = user
+        self.answered = False
+        self._reader.expect(head_only)
+
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def arm(self, seconds: float) -> None:
+        self._wheel.arm(self, seconds)
+
+    def disarm(self) -> None:
+        self.deadline = NEVER
+
+    def release(self, clean: bool) -> None:
+        """The exchange is over. `clean`: request and response were whole and the machine keeps the connection."""
+        self._user = None
+        self.reused = True
+        if clean and not self.gate.pauses and self.pool.keep(self):
+            return
+        self.deadline = NEVER
+        self.transport.close()
+
+    def abort(self) -> None:
+        """End it at once: what it carried is of no use to anybody."""
+        self._user = None
+        self.transport.abort()
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport, but has its methods
+        self.gate = ReadGate(self.transport)
+        self.transport.set_write_buffer_limits(high=READ_HIGH, low=READ_LOW)
+
+    def data_received(self, data: bytes) -> None:
+        user = self._user
+        if user is None:
+            self.pool.discard(self)  # bytes that nobody asked for: the next answer could not be told from them
+            self.transport.abort()
+            return
+        self.answered = True
+        try:
+            self._reader.feed(data)
+        except ProxyError as error:
+            if self._user is not None:
+                self._user = None
+                self.transport.abort()
+                user.on_upstream_failed(error)
+            else:
+                self.pool.discard(self)
+                self.transport.abort()
+            return
+        user.on_upstream_read()
+
+    def on_response_head(self, head: ResponseHead) -> None:
+        if self._user is not None:
+            self._user.on_response_head(head)
+
+    def on_response_body(self, data: bytes) -> None:
+        if self._user is not None:
+            self._user.on_response_body(data)
+
+    def on_response_end(self, trailers: Headers) -> None:
+        if self._user is not None:
+            self._user.on_response_end(trailers)
+
+    def on_upgrade_bytes(self, data: bytes) -> None:
+        if self._user is not None:
+            self._user.on_upgrade_bytes(data)
+
+    def eof_received(self) -> bool:
+        user = self._user
+        if user is None:
+            return False
+        if self._reader.feed_eof():
+            user.on_upstream_read()
+            return False
+        return user.on_upstream_eof()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._wheel.drop(self)
+        self.pool.count_disconnect()
+        user, self._user = self._user, None
+        if user is None:
+            self.pool.discard(self)
+            return
+        user.on_upstream_failed(self._lost(error))
+
+    def _lost(self, error: Exception | None) -> ProxyError:
+        detail = str(error) if error is not None else "the machine closed the connection"
+        if self.answered:
+            return ProxyError(Code.BODY_UNFINISHED, Source.UPSTREAM, detail=detail)
+        retry = Retry.REUSED_CONNECTION if self.reused else Retry.NEVER
+        code = Code.CONNECT_RESET if error is not None else Code.REQUEST_UNFINISHED
+        return ProxyError(code, Source.UPSTREAM, retry, detail)
+
+    def pause_writing(self) -> None:
+        if self._user is not None:
+            self._user.on_upstream_pause()
+
+    def resume_writing(self) -> None:
+        if self._user is not None:
+            self._user.on_upstream_resume()
+
+    def on_deadline(self) -> None:
+        user, self._user = self._user, None
+        if user is None:
+            self.pool.discard(self)
+            self.transport.close()
+            return
+        self.transport.abort()
+        if self.answered:
+            user.on_upstream_failed(ProxyError(Code.IDLE_TIMEOUT, Source.UPSTREAM, detail="no byte for too long"))
+        else:
+            user.on_upstream_failed(ProxyError(Code.FIRST_BYTE_TIMEOUT, Source.UPSTREAM, detail="no answer in time"))
+
+
+class Pool(table.Pool):
+    """Kept connections to one endpoint of one machine."""
+
+    __slots__ = ("_app_base", "_closed", "_connect_timeout_s", "_endpoint", "_idle", "_keeps", "_netns_pid", "edge")
+
+    def __init__(
+        self,
+        edge: EdgeContext,
+        endpoint: Endpoint,
+        netns_pid: int,
+        keeps: bool,
+        connect_timeout_s: float,
+        app_base: int,
+    ) -> None:
+        self.edge = edge
+        self._endpoint = endpoint
+        self._netns_pid = netns_pid
+        self._keeps = keeps
+        self._connect_timeout_s = connect_timeout_s
+        self._app_base = app_base
+        self._idle: deque[UpstreamConnection] = deque()
+        self._closed = False
+
+    def take(self) -> UpstreamConnection | None:
+        """A kept connection, the latest used first; None if a new one is needed."""
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            if not connection.transport.is_closing():
+                connection.deadline = NEVER
+                return connection
+        return None
+
+    def keep(self, connection: UpstreamConnection) -> bool:
+        if self._closed or not self._keeps or len(self._idle) >= MAX_IDLE or connection.transport.is_closing():
+            return False
+        self._idle.append(connection)
+        self.edge.wheel.arm(connection, IDLE_S)
+        return True
+
+    def discard(self, connection: UpstreamConnection) -> None:
+        try:
+            self._idle.remove(connection)
+        except ValueError:
+            pass
+
+    def close(self) -> None:
+        """Close what is idle; what is in use closes when it comes back."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().transport.close()
+
+    def count_disconnect(self) -> None:
+        self.edge.count_app(self._app_base, upstream_disconnects=1)
+
+    def connect(self, user: UpstreamUser) -> asyncio.Task[None]:
+        """Make a connection for `user`, who is told how it ended unless the task is cancelled."""
+        return spawn(self._connect(user), "upstream-connect")
+
+    async def _connect(self, user: UpstreamUser) -> None:
+        started = monotonic_ns()
+        task = asyncio.current_task()
+        assert task is not None
+        expired = False
+
+        def expire() -> None:
+            nonlocal expired
+            expired = True
+            task.cancel()
+
+        timer = self.edge.wheel.call_later(self._connect_timeout_s, expire)
+        try:
+            connection = await self._open()
+        except asyncio.CancelledError:
+            if not expired:
+                raise
+            error = ProxyError(Code.CONNECT_TIMEOUT, Source.UPSTREAM, Retry.NOTHING_SENT, self._where())
+        except OSError as cause:
+            error = self._refused(cause)
+        else:
+            self.edge.count_app(
+                self._app_base, upstream_connects=1, upstream_connect_us=(monotonic_ns() - started) // 1000
+            )
+            user.on_connected(connection)
+            return
+        finally:
+            timer.cancel()
+        user.on_connect_failed(error)
+
+    async def _open(self) -> UpstreamConnection:
+        loop = self.edge.loop
+        host, port = self._endpoint.host, self._endpoint.port
+
+        def factory() -> UpstreamConnection:
+            return UpstreamConnection(self)
+
+        if self._netns_pid:
+            sock = namespace.socket_in(self._netns_pid, socket.AF_INET6 if ":" in host else socket.AF_INET)
+            try:
+                await loop.sock_connect(sock, (host, port))
+                _, connection = await loop.create_connection(factory, sock=sock)
+            except BaseException:
+                sock.close()
+                raise
+            return connection
+        transport, connection = await loop.create_connection(factory, host, port)
+        if transport.get_extra_info("sockname") == transport.get_extra_info("peername"):
+            transport.abort()  # a connect to a free port of the ephemeral range met itself
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+        return connection
+
+    def _refused(self, cause: OSError) -> ProxyError:
+        code = Code.CONNECT_IO
+        if isinstance(cause, ConnectionRefusedError):
+            code = Code.CONNECT_REFUSED
+        elif isinstance(cause, ConnectionResetError):
+            code = Code.CONNECT_RESET
+        elif isinstance(cause, TimeoutError):
+            code = Code.CONNECT_TIMEOUT
+        return ProxyError(code, Source.UPSTREAM, Retry.NOTHING_SENT, f"{self._where()}: {cause}")
+
+    def _where(self) -> str:
+        return f"{self._endpoint.host}:{self._endpoint.port}"
+
+
+def pool_for(edge: EdgeContext, machine: table.MachineView, service: table.ServiceView, app: table.AppView) -> Pool:
+    """The pool of a machine's endpoint for a service, made on first use."""
+    port = service.record.internal_port
+    found: Any = machine.pools.get(port)
+    if found is None:
+        endpoint = machine.record.endpoint(port)
+        assert endpoint is not None  # ServiceView.running holds only machines that have it
+        found = machine.pools[port] = Pool(
+            edge,
+            endpoint,
+            machine.record.netns_pid,
+            service.pooled,
+            app.record.limits.connect_timeout_s,
+            edge.memory.app_base(edge.worker, app.record.slot),
+        )
+    assert isinstance(found, Pool)
+    return found

@@ -1,0 +1,539 @@
+"""HTTP/1.1 framing, both sides: bytes in, heads, bodies and ends out.
+
+llhttp (through httptools) judges and frames; the rules that it leaves open are the guard here: exactly one valid Host,
+no Transfer-Encoding but `chunked`, no framing fields on upgrades, bounds on everything that is held before a head is
+whole. What passes is handed to a sink as parsed fields and never as client bytes, so that the next hop sees framing
+that we wrote (RFC 9112 §11.2, request smuggling).
+
+A body of known length goes round the parser once its head has been judged: its bytes are counted, not copied.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+import httptools
+
+from proxy.errors import Code, ProxyError, Retry, Source
+
+CHUNKED = -1
+UNTIL_CLOSE = -2
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Limits:
+    """Bounds on one head, in bytes and fields."""
+
+    __slots__ = ("max_head_bytes", "max_headers", "max_target_bytes")
+
+    def __init__(self, max_head_bytes: int = 65_536, max_headers: int = 100, max_target_bytes: int = 16_384) -> None:
+        self.max_head_bytes = max_head_bytes
+        self.max_headers = max_headers
+        self.max_target_bytes = max_target_bytes
+
+
+class RequestHead:
+    """One request's head. `host` is the normalised authority without port; `length` a byte count or CHUNKED."""
+
+    __slots__ = (
+        "authority", "expects_continue", "headers", "host", "keep_alive", "length", "listed_hops", "method", "minor",
+        "target", "upgrade",
+    )  # fmt: skip
+
+    method: bytes
+    target: bytes  # origin-form or `*`; an absolute-form target was reduced to it
+    minor: int  # 1 for HTTP/1.1, 0 for HTTP/1.0
+    headers: Headers  # as received, in order
+    authority: bytes  # the Host field as received
+    host: str
+    length: int
+    keep_alive: bool
+    upgrade: bytes | None  # protocol asked for, when it is one that we pass on
+    expects_continue: bool
+    listed_hops: frozenset[bytes]  # names that the Connection field declares hop-by-hop, lower case
+
+
+class ResponseHead:
+    """One response's head. `length` is a byte count, CHUNKED or UNTIL_CLOSE (also: none declared, for HEAD and 304)."""
+
+    __slots__ = ("headers", "keep_alive", "length", "listed_hops", "minor", "reason", "status")
+
+    status: int
+    reason: bytes
+    minor: int
+    headers: Headers
+    length: int
+    keep_alive: bool
+    listed_hops: frozenset[bytes]
+
+
+class RequestSink(Protocol):
+    def on_head(self, head: RequestHead) -> None: ...
+    def on_body(self, data: bytes) -> None: ...
+    def on_end(self, trailers: Headers) -> None: ...
+    def on_upgrade_bytes(self, data: bytes) -> None: ...
+
+
+class ResponseSink(Protocol):
+    def on_response_head(self, head: ResponseHead) -> None: ...
+    def on_response_body(self, data: bytes) -> None: ...
+    def on_response_end(self, trailers: Headers) -> None: ...
+    def on_upgrade_bytes(self, data: bytes) -> None: ...
+
+
+# --- what a field name means for framing, remembered by the spelling received
+
+_PLAIN, _HOST, _LENGTH, _ENCODING, _CONNECTION, _UPGRADE, _EXPECT, _REFUSED = range(8)
+_KINDS = {
+    b"host": _HOST,
+    b"content-length": _LENGTH,
+    b"transfer-encoding": _ENCODING,
+    b"connection": _CONNECTION,
+    b"upgrade": _UPGRADE,
+    b"expect": _EXPECT,
+}
+_SPELLINGS_MAX = 4096
+_kind_of: dict[bytes, int] = {}
+
+
+def _classify(name: bytes) -> int:
+    lower = name.lower()
+    kind = _KINDS.get(lower, _PLAIN)
+    if not name or len(name) > 255:
+        kind = _REFUSED
+    elif b"_" in lower and lower.replace(b"_", b"-") in _KINDS:
+        kind = _REFUSED  # an origin that maps `_` to `-`, as CGI does, would read a second framing field
+    if len(_kind_of) < _SPELLINGS_MAX:
+        _kind_of[name] = kind
+    return kind
+
+
+_AUTHORITY = re.compile(rb"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*)|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?\Z")
+_HOSTS_MAX = 8192
+_hosts: dict[bytes, str] = {}
+
+
+def normalize_host(authority: bytes) -> str:
+    """Lower-case name without port and trailing dot.
+
+    Raises ProxyError(BAD_REQUEST) if it is not a host with an optional port (RFC 9110 §7.2).
+    """
+    known = _hosts.get(authority)
+    if known is not None:
+        return known
+    if len(authority) > 261 or not _AUTHORITY.match(authority):
+        raise _bad("Host is not a valid authority")
+    name, colon, port = authority.rpartition(b":")
+    host = (name if colon and port.isdigit() else authority).lower().decode("ascii").rstrip(".")
+    if not host:
+        raise _bad("Host is empty")
+    if len(_hosts) >= _HOSTS_MAX:
+        _hosts.clear()  # bounded; a flood of names costs a refill, not memory
+    _hosts[authority] = host
+    return host
+
+
+def _bad(detail: str) -> ProxyError:
+    return ProxyError(Code.BAD_REQUEST, Source.DOWNSTREAM, detail=detail)
+
+
+_NO_HOPS: frozenset[bytes] = frozenset()
+_USUAL_CONNECTION = frozenset(
+    {b"keep-alive", b"Keep-Alive", b"close", b"Close", b"upgrade", b"Upgrade", b"keep-alive, Upgrade"}
+)
+
+
+def _tokens(value: bytes) -> frozenset[bytes]:
+    tokens = {token.strip().lower() for token in value.split(b",")}
+    return frozenset(tokens - {b"", b"close", b"keep-alive", b"upgrade"})
+
+
+class RequestReader:
+    """The client's side of a connection. Feed it what arrives; it calls the sink, in order, at once.
+
+    `feed` raises ProxyError for what may not pass; the reader is then spent and the connection must end.
+    """
+
+    __slots__ = (
+        "_body_seen", "_fields", "_head", "_head_bytes", "_in_head", "_limits", "_overhead", "_parser", "_remaining",
+        "_sink", "_target", "_trailers", "_upgraded",
+    )  # fmt: skip
+
+    def __init__(self, sink: RequestSink, limits: Limits) -> None:
+        self._sink = sink
+        self._limits = limits
+        self._parser = httptools.HttpRequestParser(self)
+        self._fields: Headers = []
+        self._target = b""
+        self._head: RequestHead | None = None
+        self._in_head = True
+        self._head_bytes = 0
+        self._remaining = 0
+        self._body_seen = 0
+        self._overhead = 0
+        self._trailers: Headers = []
+        self._upgraded = False
+
+    @property
+    def is_between_requests(self) -> bool:
+        """Whether nothing of a next request has arrived yet."""
+        return self._in_head and not self._head_bytes and not self._upgraded
+
+    @property
+    def awaits_body(self) -> bool:
+        """Whether the latest head's body is still to come, in whole or part."""
+        return not self._in_head
+
+    def feed(self, data: bytes) -> None:
+        """Take what the client sent.
+
+        Raises ProxyError (source downstream) with the code that says what was wrong.
+        """
+        if self._upgraded:
+            self._sink.on_upgrade_bytes(data)
+            return
+        if self._remaining:
+            data = self._take_body(data)
+            if not data:
+                return
+        while True:
+            if self._in_head:
+                self._head_bytes += len(data)
+            else:
+                self._overhead += len(data)
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as switch:
+                data = data[switch.args[0] :]
+                if self._upgraded:
+                    if data:
+                        self._sink.on_upgrade_bytes(data)
+                    return
+                if data:
+                    continue  # an upgrade that is not passed on: what follows is the next request
+            except httptools.HttpParserCallbackError as error:
+                cause = error.__context__
+                if isinstance(cause, ProxyError):
+                    raise cause from None
+                raise
+            except httptools.HttpParserInvalidMethodError as error:
+                raise ProxyError(Code.METHOD_UNKNOWN, Source.DOWNSTREAM, detail=str(error)) from None
+            except httptools.HttpParserError as error:
+                raise _bad(str(error)) from None
+            break
+        if self._in_head:
+            if self._head_bytes > self._limits.max_head_bytes:
+                raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="the head is larger than allowed")
+        elif (head := self._head) is not None:
+            if head.length > 0:
+                self._remaining = head.length - self._body_seen
+                self._parser = httptools.HttpRequestParser(self)
+            elif self._overhead - self._body_seen > 16_384 + 8 * self._body_seen:
+                raise _bad("more chunk framing than body")
+
+    def _take_body(self, data: bytes) -> bytes:
+        size = len(data)
+        if size < self._remaining:
+            self._remaining -= size
+            self._sink.on_body(data)
+            return b""
+        rest = data[self._remaining :]
+        body = data[: self._remaining] if rest else data
+        self._remaining = 0
+        self._sink.on_body(body)
+        self.on_message_complete()
+        return rest
+
+    # --- called by the parser
+
+    def on_message_begin(self) -> None:
+        self._fields = []
+        self._target = b""
+
+    def on_url(self, piece: bytes) -> None:
+        self._target += piece
+        if len(self._target) > self._limits.max_target_bytes:
+            raise ProxyError(Code.TARGET_TOO_LONG, Source.DOWNSTREAM, detail="the request target is too long")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            fields = self._fields
+            fields.append((name, value))
+            if len(fields) > self._limits.max_headers:
+                raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="too many header fields")
+        else:
+            self._trailers.append((name, value))
+            if len(self._trailers) > self._limits.max_headers:
+                raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="too many trailer fields")
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        head = RequestHead()
+        head.method = parser.get_method()
+        head.headers = self._fields
+        version = parser.get_http_version()
+        if version == "1.1":
+            head.minor = 1
+        elif version == "1.0":
+            head.minor = 0
+        else:
+            raise ProxyError(Code.VERSION_UNSUPPORTED, Source.DOWNSTREAM, detail=f"HTTP/{version}")
+        authority: bytes | None = None
+        upgrade: bytes | None = None
+        head.length = 0
+        head.listed_hops = _NO_HOPS
+        head.expects_continue = False
+        size = len(self._target)
+        kinds = _kind_of
+        for name, value in self._fields:
+            size += len(name) + len(value) + 4
+            kind = kinds.get(name)
+            if kind is None:
+                kind = _classify(name)
+            if kind == _PLAIN:
+                continue
+            if kind == _HOST:
+                if authority is not None:
+                    raise _bad("two Host fields")
+                authority = value
+            elif kind == _LENGTH:
+                head.length = int(value)
+            elif kind == _ENCODING:
+                if value.lower() != b"chunked" or head.minor == 0 or head.length == CHUNKED:
+                    raise _bad("a Transfer-Encoding other than one `chunked` in HTTP/1.1")
+                head.length = CHUNKED
+            elif kind == _CONNECTION:
+                if value not in _USUAL_CONNECTION:
+                    head.listed_hops |= _tokens(value)
+            elif kind == _UPGRADE:
+                upgrade = value
+            elif kind == _EXPECT:
+                if value.lower() != b"100-continue":
+                    raise ProxyError(Code.EXPECTATION_FAILED, Source.DOWNSTREAM, detail="an Expect we do not know")
+                head.expects_continue = head.minor == 1
+            else:
+                raise _bad("a field name that may not pass")
+        if size > self._limits.max_head_bytes:
+            raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="the head is larger than allowed")
+        if authority is None:
+            raise _bad("no Host field")
+        head.authority = authority
+        head.host = normalize_host(authority)
+        head.target = self._target if self._target[:1] == b"/" else _reduce_target(self._target, head)
+        if b"#" in head.target:
+            raise _bad("a fragment in the request target")
+        head.keep_alive = parser.should_keep_alive()
+        head.upgrade = None
+        if upgrade is not None and parser.should_upgrade():
+            if head.length:
+                raise _bad("an upgrade with a body")
+            if upgrade.lower() != b"h2c":
+                head.upgrade = upgrade
+                self._upgraded = True
+        self._head = head
+        self._in_head = False
+        self._body_seen = 0
+        self._overhead = 0
+        self._sink.on_head(head)
+
+    def on_body(self, data: bytes) -> None:
+        self._body_seen += len(data)
+        self._sink.on_body(data)
+
+    def on_message_complete(self) -> None:
+        trailers = self._trailers
+        if trailers:
+            self._trailers = []
+        self._in_head = True
+        self._head_bytes = 0
+        self._head = None
+        self._sink.on_end(trailers)
+
+
+def _reduce_target(target: bytes, head: RequestHead) -> bytes:
+    """Origin-form of an absolute-form target, whose authority must be the Host's (RFC 9112 §3.2.2)."""
+    if target == b"*" and head.method == b"OPTIONS":
+        return target
+    if head.method == b"CONNECT":
+        raise ProxyError(Code.METHOD_UNKNOWN, Source.DOWNSTREAM, detail="CONNECT is not served")
+    scheme, separator, rest = target.partition(b"://")
+    if not separator or scheme.lower() not in (b"http", b"https"):
+        raise _bad("a request target in none of the known forms")
+    cut = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
+    if normalize_host(rest[:cut]) != head.host:
+        raise _bad("a request target that names another host than Host does")
+    path = rest[cut:]
+    return path if path[:1] == b"/" else b"/" + path
+
+
+class ResponseReader:
+    """The machine's side of a connection. `expect` before each request says what was asked."""
+
+    __slots__ = (
+        "_body_seen", "_fields", "_head", "_head_bytes", "_head_only", "_in_head", "_limits", "_parser", "_reason",
+        "_remaining", "_sink", "_trailers", "_upgraded",
+    )  # fmt: skip
+
+    def __init__(self, sink: ResponseSink, limits: Limits) -> None:
+        self._sink = sink
+        self._limits = limits
+        self._parser = httptools.HttpResponseParser(self)
+        self._fields: Headers = []
+        self._reason = b""
+        self._head: ResponseHead | None = None
+        self._in_head = True
+        self._head_bytes = 0
+        self._head_only = False
+        self._remaining = 0
+        self._body_seen = 0
+        self._trailers: Headers = []
+        self._upgraded = False
+
+    def expect(self, head_only: bool) -> None:
+        """A request was sent; `head_only` if it was HEAD, whose answer has no body whatever its fields say."""
+        self._head_only = head_only
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether the body under way is delimited by the end of the connection."""
+        return self._head is not None and self._head.length == UNTIL_CLOSE
+
+    def feed(self, data: bytes) -> None:
+        """Take what the machine sent.
+
+        Raises ProxyError(RESPONSE_INVALID, upstream) for anything that is not one HTTP/1 response after another.
+        """
+        if self._upgraded:
+            self._sink.on_upgrade_bytes(data)
+            return
+        if self._remaining:
+            size = len(data)
+            if size < self._remaining:
+                self._remaining -= size
+                self._sink.on_response_body(data)
+                return
+            if size > self._remaining:
+                raise _invalid("bytes after the end of the response")
+            self._remaining = 0
+            self._sink.on_response_body(data)
+            self.on_message_complete()
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as switch:
+            rest = data[switch.args[0] :]
+            if not self._upgraded:
+                raise _invalid("an upgrade that was not asked for") from None
+            if rest:
+                self._sink.on_upgrade_bytes(rest)
+            return
+        except httptools.HttpParserCallbackError as error:
+            cause = error.__context__
+            if isinstance(cause, ProxyError):
+                raise cause from None
+            raise
+        except httptools.HttpParserError as error:
+            raise _invalid(str(error)) from None
+        head = self._head
+        if self._in_head:
+            if self._head_bytes > self._limits.max_head_bytes:
+                raise _invalid("the response head is larger than allowed")
+        elif head is not None:
+            if self._head_only:
+                self._parser = httptools.HttpResponseParser(self)
+                self.on_message_complete()
+            elif head.length > 0:
+                self._remaining = head.length - self._body_seen
+                self._parser = httptools.HttpResponseParser(self)
+
+    def feed_eof(self) -> bool:
+        """The machine closed. True if that is the proper end of the response under way, which is then reported."""
+        if self._head is not None and self._head.length == UNTIL_CLOSE and not self._in_head:
+            self.on_message_complete()
+            return True
+        return False
+
+    # --- called by the parser
+
+    def on_message_begin(self) -> None:
+        self._fields = []
+        self._reason = b""
+
+    def on_status(self, piece: bytes) -> None:
+        self._reason += piece
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        fields = self._fields if self._in_head else self._trailers
+        fields.append((name, value))
+        if len(fields) > 4 * self._limits.max_headers:
+            raise _invalid("too many header fields")
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        head = ResponseHead()
+        head.status = status = parser.get_status_code()
+        head.reason = self._reason
+        head.headers = self._fields
+        version = parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            raise _invalid(f"HTTP/{version}")
+        head.minor = 1 if version == "1.1" else 0
+        length: int | None = None
+        head.listed_hops = _NO_HOPS
+        kinds = _kind_of
+        for name, value in self._fields:
+            kind = kinds.get(name)
+            if kind is None:
+                kind = _classify(name)
+            if kind == _PLAIN:
+                continue
+            if kind == _LENGTH:
+                length = int(value)
+            elif kind == _ENCODING:
+                if value.lower() != b"chunked" or head.minor == 0 or length == CHUNKED:
+                    raise _invalid("a Transfer-Encoding other than one `chunked` in HTTP/1.1")
+                length = CHUNKED
+            elif kind == _CONNECTION and value not in _USUAL_CONNECTION:
+                head.listed_hops |= _tokens(value)
+        if self._head_only or status == 304:
+            head.length = length if length is not None and length >= 0 else UNTIL_CLOSE
+        elif status < 200 or status == 204:
+            head.length = 0
+        else:
+            head.length = UNTIL_CLOSE if length is None else length
+        head.keep_alive = parser.should_keep_alive()
+        if status == 101:
+            self._upgraded = True
+        elif status < 100 or status > 599:
+            raise _invalid(f"status {status}")
+        self._head = head
+        self._in_head = False
+        self._body_seen = 0
+        self._sink.on_response_head(head)
+
+    def on_body(self, data: bytes) -> None:
+        if self._head_only:
+            raise _invalid("a body after the answer to HEAD")
+        self._body_seen += len(data)
+        self._sink.on_response_body(data)
+
+    def on_message_complete(self) -> None:
+        if self._in_head:
+            return
+        trailers = self._trailers
+        if trailers:
+            self._trailers = []
+        head = self._head
+        self._in_head = True
+        self._head_bytes = 0
+        self._head = None
+        if head is not None and head.status >= 200:
+            self._sink.on_response_end(trailers)
+
+
+def _invalid(detail: str) -> ProxyError:
+    return ProxyError(Code.RESPONSE_INVALID, Source.UPSTREAM, Retry.NEVER, detail)

@@ -1,0 +1,344 @@
+"""Composition root of a worker: shared memory, table, certificates, listeners and the link to control, on one uvloop.
+
+A worker serves from what it knows. It starts from the snapshot that control left and from the certificate file, so it
+serves what runs even while control is not there; the link brings the rest, and every change after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+
+from certs import PackReader, load_or_make_secret
+from proxy.clock import monotonic, monotonic_ns, spawn
+from proxy.edge.certificates import Certificates
+from proxy.edge.context import EdgeContext
+from proxy.edge.listener import Gate, Listener
+from proxy.ipc import (
+    PROTOCOL,
+    AppGone,
+    AppSet,
+    CertificateReady,
+    CordonAck,
+    CordonAsk,
+    CordonLift,
+    FrameReader,
+    MachineSet,
+    Message,
+    NeedCertificate,
+    Settings,
+    TableEnd,
+    TableStart,
+    ToWorker,
+    WakeDone,
+    WorkerHello,
+    decode_to_worker,
+    encode,
+)
+from proxy.process import ChildContext, unix_address
+from proxy.state import W_LOOP_LAG_US, SharedMemory
+
+BEAT_S = 0.5
+LINK_BUFFER_MAX = 4 * 1024 * 1024
+FD_RESERVE = 512
+
+log = logging.getLogger("worker")
+
+
+def run(ctx: ChildContext) -> int:
+    """Serve until drained. Returns the exit status."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s %(levelname)s worker {ctx.slot}: %(message)s"
+    )
+    raise_open_files()
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    worker = Worker(loop, ctx)
+    try:
+        loop.run_until_complete(worker.serve())
+    finally:
+        worker.close()
+        loop.close()
+    return 0
+
+
+def raise_open_files() -> int:
+    """Raise RLIMIT_NOFILE to what the system allows. Returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def connection_limit(configured: int) -> int:
+    """Client connections a worker may have: each may need a second descriptor for its machine."""
+    derived = max(64, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FD_RESERVE) // 2)
+    return min(configured, derived) if configured else derived
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ctx: ChildContext) -> None:
+        self._loop = loop
+        self._ctx = ctx
+        self._memory = SharedMemory(ctx.shared_fd, ctx.plan.workers)
+        self._link = Link(self, ctx.plan.run_dir)
+        public_ports = {listener.public_port: listener.socket.getsockname()[1] for listener in ctx.listeners}
+        self.edge = EdgeContext(
+            loop, self._memory, ctx.slot, Settings(PROTOCOL, "", "local", ""), public_ports, self._link
+        )
+        self._gate = Gate(connection_limit(0))
+        data_dir, run_dir = Path(ctx.plan.data_dir), Path(ctx.plan.run_dir)
+        records = PackReader(run_dir / "certificates", load_or_make_secret(data_dir / "secret.key"))
+        self._certificates = Certificates(records, self._ask_certificate, monotonic)
+        self._listeners: list[Listener] = []
+        self._covered: dict[int, list[Listener]] = {}  # spare slots that we accept for, their worker can't start
+        self._retired: list[Listener] = []
+        self._stop = asyncio.Event()
+        self._loaded = asyncio.Event()
+        self._next_beat = 0.0
+
+    async def serve(self) -> None:
+        """Load, listen, and serve until told to drain."""
+        self._beat()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop.set)
+        if self._ctx.channel is not None:
+            self._ctx.channel.setblocking(False)
+            self._loop.add_reader(self._ctx.channel.fileno(), self._on_channel)
+        self._load_snapshot()
+        self._link.start()
+        await self._loaded.wait()
+        await self._listen()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 50, 50)
+        self._tell_supervisor("ready")
+        await self._stop.wait()
+        await self._drain()
+
+    async def _listen(self) -> None:
+        for one in self._ctx.listeners:
+            self._listeners.append(await self._listener(one.public_port, one.socket))
+
+    async def _listener(self, public_port: int, sock: socket.socket) -> Listener:
+        listener = Listener(self.edge, self._gate, public_port, sock, self._ctx.tls_context, self._certificates)
+        await listener.start()
+        return listener
+
+    async def _cover(self, slot: int, public_ports: list[int], sockets: list[socket.socket]) -> None:
+        """Accept for a slot whose worker can't start: its queue would otherwise keep its share of clients waiting."""
+        log.info("accepting for slot %d too, until its worker starts", slot)
+        self._covered[slot] = [
+            await self._listener(port, sock) for port, sock in zip(public_ports, sockets, strict=True)
+        ]
+
+    def _uncover(self, slot: int) -> None:
+        for listener in self._covered.pop(slot, []):
+            listener.stop()
+            self._retired.append(listener)  # its connections stay until they end
+
+    async def _drain(self) -> None:
+        """Finish what was begun; then end tunnels; then let go."""
+        self.edge.draining = True
+        for slot in list(self._covered):
+            self._uncover(slot)
+        listeners = self._listeners + self._retired
+        for listener in listeners:
+            listener.stop()
+            listener.drain()
+        deadline = self._ctx.plan.drain_timeout_s
+        try:
+            await asyncio.wait_for(self._gate.wait_empty(), deadline)
+        except TimeoutError:
+            for listener in listeners:
+                listener.end_tunnels()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gate.wait_empty(), 1.0)
+            if self._gate.open:
+                log.warning("%d connections were cut after the drain timeout of %g s", self._gate.open, deadline)
+
+    def close(self) -> None:
+        self.edge.close()
+
+    # --- supervisor
+
+    def _beat(self) -> None:
+        now = monotonic()
+        if self._next_beat:
+            self.edge.cells[self.edge.worker_base + W_LOOP_LAG_US] = max(0, int((now - self._next_beat) * 1_000_000))
+        self._next_beat = now + BEAT_S
+        self._memory.beat(self._ctx.index, monotonic_ns())
+        self._loop.call_later(BEAT_S, self._beat)
+
+    def _tell_supervisor(self, op: str) -> None:
+        if self._ctx.channel is not None:
+            try:
+                self._ctx.channel.send(json.dumps({"op": op}).encode())
+            except OSError as error:
+                log.warning("could not tell the supervisor %r: %s", op, error)
+
+    def _on_channel(self) -> None:
+        assert self._ctx.channel is not None
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._ctx.channel, 65_536, 256)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, descriptors = b"", []
+        if not data:
+            self._loop.remove_reader(self._ctx.channel.fileno())
+            self._stop.set()
+            return
+        message = json.loads(data)
+        match message.get("op"):
+            case "drain":
+                self._stop.set()
+            case "cover":
+                sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+                spawn(self._cover(message["slot"], message["public_ports"], sockets), "cover-slot")
+            case "uncover":
+                self._uncover(message["slot"])
+
+    # --- the table
+
+    def _load_snapshot(self) -> None:
+        """Take the table that control wrote last, if it is there and whole."""
+        path = os.path.join(self._ctx.plan.run_dir, "table.msgpack")
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+            messages = [decode_to_worker(body) for body in FrameReader().feed(data)]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            log.warning("the table snapshot %s cannot be used, waiting for control: %s", path, error)
+            return
+        if messages and isinstance(messages[-1], TableEnd):
+            for message in messages:
+                self.on_message(message)
+
+    def on_message(self, message: ToWorker) -> None:
+        """Take one message of control's."""
+        handler = self._HANDLERS[type(message)]
+        handler(self, message)
+
+    def _on_settings(self, message: Settings) -> None:
+        self.edge.apply(message)
+        self._gate.limit = connection_limit(message.max_connections)
+
+    def _on_start(self, message: TableStart) -> None:
+        self.edge.table.start_load()
+
+    def _on_end(self, message: TableEnd) -> None:
+        self.edge.table.end_load()
+        self._loaded.set()
+
+    def _on_cordon(self, message: CordonAsk) -> None:
+        self.edge.table.soft_cordon(message.app, message.machine, True)
+        self._link.send(CordonAck(message.machine, message.sequence))
+
+    def _on_certificate(self, message: CertificateReady) -> None:
+        self._certificates.ready(message.name, message.error)
+
+    def _ask_certificate(self, name: str) -> None:
+        self._link.send(NeedCertificate(name))
+
+    def on_linked(self) -> None:
+        """The link is up (again): ask for what is still waited for."""
+        self.edge.waker.on_connected()
+        self._certificates.ask_again()
+
+    _HANDLERS: dict[type, Callable[..., None]] = {
+        Settings: _on_settings,
+        TableStart: _on_start,
+        TableEnd: _on_end,
+        AppSet: lambda self, message: self.edge.table.set_app(message.app),
+        AppGone: lambda self, message: self.edge.table.remove_app(message.name),
+        MachineSet: lambda self, message: self.edge.table.set_machine(message.app, message.machine),
+        WakeDone: lambda self, message: self.edge.waker.on_wake_done(message),
+        CordonAsk: _on_cordon,
+        CordonLift: lambda self, message: self.edge.table.soft_cordon(message.app, message.machine, False),
+        CertificateReady: _on_certificate,
+    }
+
+    def hello(self) -> WorkerHello:
+        return WorkerHello(PROTOCOL, self._ctx.slot, os.getpid())
+
+
+class Link(asyncio.Protocol):
+    """The connection to control, made again whenever it is lost."""
+
+    def __init__(self, worker: Worker, run_dir: str) -> None:
+        self._worker = worker
+        self._run_dir = run_dir
+        self._transport: asyncio.Transport | None = None
+        self._reader = FrameReader()
+        self._lost = asyncio.Event()
+
+    def start(self) -> None:
+        spawn(self._keep(), "control-link")
+
+    def send(self, message: Message) -> bool:
+        """Whether it left; what did not is asked again when the link is back."""
+        transport = self._transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size() > LINK_BUFFER_MAX:
+            return False
+        transport.write(encode(message))
+        return True
+
+    async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        wait_s = 0.02
+        while True:
+            self._lost.clear()
+            try:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+                try:
+                    await loop.sock_connect(sock, unix_address(self._run_dir, "control.sock"))
+                except BaseException:
+                    sock.close()
+                    raise
+                await loop.create_unix_connection(lambda: self, sock=sock)
+            except OSError as error:
+                log.debug("control is not there: %s", error)
+            else:
+                began = monotonic()
+                await self._lost.wait()
+                if monotonic() - began > 1.0:
+                    wait_s = 0.02
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 1.5, 0.5)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport, but has its methods
+        self._reader = FrameReader()
+        self.send(self._worker.hello())
+        self._worker.on_linked()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for body in self._reader.feed(data):
+                self._worker.on_message(decode_to_worker(body))
+        except ValueError as error:
+            log.error("control sent what cannot be read, connecting again: %s", error)
+            if self._transport is not None:
+                self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._lost.set()
