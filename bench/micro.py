@@ -17,6 +17,7 @@ from bench.load import FIELDS
 from bench.peers import HOST
 from bench.processes import BenchError, cores
 from bench.report import facts, facts_text, median, result_folder, table, write_json
+from bench.whole_request import whole_request
 from proxy.decide import headers
 from proxy.decide.balance import choose_machine
 from proxy.decide.ulid import UlidMaker
@@ -139,6 +140,7 @@ def _hello() -> Callable[[], object]:
 
 
 CASES: dict[str, Callable[[], Callable[[], object]]] = {
+    "a whole request through the edge, sockets apart": lambda: whole_request(REQUEST, RESPONSE),
     "read a 10-header request": _read_request,
     "read a 5-header response with its 100-byte body": _read_response,
     "write the request's head for the machine": _write_request,
