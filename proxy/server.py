@@ -167,6 +167,7 @@ class Server:
 
     async def start(self) -> None:
         await self.apps.load(self._plan, self._ctx.incarnation == 1)
+        self.domains.set_names(self.apps.hostnames())
         await self.hub.start(self.apps, self)
         self._spawn(self._keep_store(), "store")
         self._spawn(self.apps.keep_snapshot(), "table snapshot")
@@ -349,7 +350,6 @@ class Server:
                     log.error("no certificates: %s", error)
                 await asyncio.sleep(_RETRY_S)
         self._certificate_fault = ""
-        self.domains.set_names(self.apps.hostnames())
 
     async def _open_api(self) -> None:
         """The admin address may still be held by a control that is ending."""
@@ -419,8 +419,8 @@ class Server:
             machines = [
                 {
                     "id": one.id, "state": one.row.state, "group": one.row.group, "note": one.note,
-                    "hold_reason": one.row.hold_reason if one.row.hold_until > now else None,
-                    "hold_until": one.row.hold_until if one.row.hold_until > now else None,
+                    "hold_reason": one.row.hold_reason,
+                    "hold_until": one.row.hold_until or None,
                     "in_flight": self._memory.in_flight(one.row.slot),
                 }
                 for one in entry.machines

@@ -372,15 +372,12 @@ class Api:
                 {"internal_port": one.internal_port, "host": one.host, "port": one.port}
                 for one in machine.spec.endpoints
             ],
-            "hold_reason": row.hold_reason if self._is_held(machine) else None,
-            "hold_until": row.hold_until if self._is_held(machine) else None,
+            "hold_reason": row.hold_reason,
+            "hold_until": row.hold_until or None,
             "failures": row.failures, "restart_count": row.restart_count, "note": machine.note,
             "exit_code": row.exit_code, "exit_signal": row.exit_signal,
             "rss_bytes": stats.rss_bytes if stats else None, "cpu_s": stats.cpu_s if stats else None,
         }  # fmt: skip
-
-    def _is_held(self, machine: Owned) -> bool:
-        return machine.row.hold_until > self._clock.unix()
 
 
 def load_or_make_token(path: str) -> str:

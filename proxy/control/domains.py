@@ -28,6 +28,7 @@ from proxy.clock import Clock, spawn
 log = logging.getLogger(__name__)
 
 _RENEWAL_LOOK_S = 3600.0
+_OPEN_PATIENCE_S = 8.0  # what a question that comes before `open` is done waits for it
 _PACK_PATIENCE_S = 5.0  # the control before may be in its last moments
 
 
@@ -40,6 +41,7 @@ class Domains:
         self._clock = clock
         self._names: frozenset[str] = frozenset()
         self._changed = asyncio.Event()
+        self._opened = asyncio.Event()
         self._lock = asyncio.Lock()  # of the pack: one write at a time
         self._pack: PackWriter | None = None
         self._manager: CertificateManager | None = None
@@ -62,6 +64,7 @@ class Domains:
                 if self._clock.monotonic() >= deadline:
                     raise
                 await self._clock.sleep(0.1)
+        self._opened.set()
         self._keeper = spawn(self._keep(), "certificates")
 
     def _open(self) -> tuple[CertificateManager, PackWriter]:
@@ -85,8 +88,12 @@ class Domains:
         """See that the certificate file has this name; None, or why it cannot."""
         if name not in self._names:
             return f"no app here answers to {name}"
-        if self._manager is None or self._pack is None:
-            return "certificates are not ready"
+        try:
+            async with asyncio.timeout(_OPEN_PATIENCE_S):
+                await self._opened.wait()
+        except TimeoutError:
+            return "certificates cannot be made now"
+        assert self._manager is not None and self._pack is not None
         try:
             certificate = await self._manager.get(name)
             async with self._lock:

@@ -282,7 +282,7 @@ class Fleet:
         if not any(service.autostart for service in services):
             return WakeResult(version, Code.NOT_STARTABLE, "auto_start_machines is off")
         left = row.hold_until - self._clock.unix()
-        if left > 0 and machine.state.is_startable:
+        if left > 0:  # whatever its state: one that never listened may still be stopping
             return WakeResult(version, Code.WAKE_HELD, row.hold_reason or "", max(1, round(left)))
         return None
 

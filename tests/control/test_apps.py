@@ -292,8 +292,8 @@ async def test_the_snapshot_is_what_a_worker_would_get(rig: Rig) -> None:
     for _ in range(100):
         await rig.clock.advance(0.1)
         await asyncio.sleep(0.005)  # a thread writes the file
-        with open(rig.folder / "table.msgpack", "rb") as file:
-            messages = [ipc.decode_to_worker(body) for body in ipc.FrameReader().feed(file.read())]
+        content = (rig.folder / "table.msgpack").read_bytes()
+        messages = [ipc.decode_to_worker(body) for body in ipc.FrameReader().feed(content)]
         apps = {message.app.name: message.app for message in messages if isinstance(message, ipc.AppSet)}
         if apps[AppName("a")].machines[0].version == machine.row.version:
             break

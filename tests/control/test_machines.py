@@ -102,13 +102,16 @@ async def test_a_program_that_cannot_be_run_fails_its_wake_with_the_reason(rig: 
 async def test_a_machine_that_never_listens_times_out_and_is_stopped(rig: Rig) -> None:
     await rig.load(an_app(wake_timeout_s=4.0))
     machine = rig.machine()
+    rig.driver.ignores_signals.add(machine.id)
     wake = rig.fleet.wake(machine.id)
     await rig.clock.advance(3.9)
     assert not wake.done()
     await rig.clock.advance(0.2)
     result = wake.result()
     assert result.code is Code.WAKE_TIMEOUT and "nothing listened" in result.detail
-    await settle()
+    assert rig.fleet.wake(machine.id).result().code is Code.WAKE_HELD  # also while it is still being stopped
+    assert machine.state is MachineState.STOPPING
+    await rig.clock.advance(5.1)
     assert machine.state is MachineState.FAILED
     assert not rig.host.is_running(machine.id)
     assert ("stop", machine.id) in rig.driver.calls
