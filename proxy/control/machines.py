@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from proxy.clock import Clock, spawn
 from proxy.control.lifecycle import LIVE, Change, next_state
 from proxy.control.plan import AppPlan, GroupPlan
-from proxy.control.prober import SocketMaker, can_connect, wait_until_listening
+from proxy.control.prober import SocketMaker, wait_until_listening
 from proxy.control.specs import digest_of, with_version
 from proxy.control.store import Event, MachineRow, Store
 from proxy.control.ulid import new_ulid
@@ -225,7 +225,7 @@ class Fleet:
             case MachineState.STARTED | MachineState.SUSPENDED:
                 return
             case MachineState.STOPPING:
-                machine.ending = spawn(self._stop_steps(machine, None, None, None, None), f"stop {machine.id}")
+                machine.ending = spawn(self._stop_steps(machine), f"stop {machine.id}")
             case MachineState.SUSPENDING:
                 machine.ending = spawn(self._suspend_steps(machine, False), f"suspend {machine.id}")
             case _:
@@ -422,7 +422,7 @@ class Fleet:
         else:
             machine.unreached = True
             self._change(machine, Change.STOP, at_once=True)
-            machine.ending = spawn(self._stop_steps(machine, None, None, None, None), f"stop {machine.id}")
+            machine.ending = spawn(self._stop_steps(machine), f"stop {machine.id}")
         self._event(machine, "start", "failed", "flyd", {"reason": detail})
         return self._failed(machine, code)
 
@@ -523,14 +523,20 @@ class Fleet:
         self._event(machine, "stop", "stopping", source)
         if flight is None and previous is None and machine.state is not MachineState.STOPPING:
             self._change(machine, Change.STOP)
-        steps = self._stop_steps(machine, previous, flight, signal, timeout_s)
+        steps = self._stop_steps(machine, previous, flight, signal, timeout_s, asked=source == "user")
         machine.ending = spawn(steps, f"stop {machine.id}")
         return machine.ending
 
     async def _stop_steps(
-        self, machine: Owned, previous: asyncio.Task[None] | None, flight: Flight | None, signal: int | None,
-        timeout_s: float | None,
-    ) -> None:  # fmt: skip
+        self,
+        machine: Owned,
+        previous: asyncio.Task[None] | None = None,
+        flight: Flight | None = None,
+        signal: int | None = None,
+        timeout_s: float | None = None,
+        asked: bool = False,
+    ) -> None:
+        """`asked`: it may be in use, so the workers are first made to send nothing new; then it is stopped in any case."""
         spec = machine.spec
         try:
             if previous is not None:
@@ -541,6 +547,9 @@ class Fleet:
                 return
             if machine.state is not MachineState.STOPPING:
                 self._change(machine, Change.STOP)
+            if asked:
+                await self._cordons.cordon(machine)
+                self._cordons.lift(machine)
             await machine.driver.stop(
                 machine.id, spec.kill_signal if signal is None else signal,
                 spec.kill_timeout_s if timeout_s is None else timeout_s,
@@ -585,7 +594,7 @@ class Fleet:
             machine.note = f"could not be suspended: {error}"
             if machine.state is MachineState.SUSPENDING and or_stop:
                 self._change(machine, Change.STOP)
-                await self._stop_steps(machine, None, None, None, None)
+                await self._stop_steps(machine)
             elif machine.state is MachineState.SUSPENDING:
                 self._change(machine, Change.NOT_FROZEN)
         finally:
@@ -689,13 +698,6 @@ class Fleet:
             machine.note = ""
         finally:
             machine.rechecking = None
-
-    async def is_reachable(self, machine: Owned) -> bool:
-        netns_pid = machine.running.netns_pid if machine.running else 0
-        for endpoint in self._probed(machine):
-            if not await can_connect(endpoint, netns_pid, self._make_socket):
-                return False
-        return True
 
     # --- waiting for a state
 
