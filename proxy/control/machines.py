@@ -123,6 +123,7 @@ class Owned:
     region: RegionCode
     running: Running | None = None
     next_spec: MachineSpec | None = None  # takes the place of `spec` at the next start
+    digested: MachineSpec | None = None  # the spec that row.digest was last compared with
     flight: Flight | None = None
     ending: asyncio.Task[None] | None = None
     restarting: asyncio.Task[None] | None = None
@@ -336,9 +337,8 @@ class Fleet:
         row = machine.row
         self._take_next_spec(machine)
         row.stopped_by, row.pid = "", None
-        self._change(machine, Change.START, at_once=True)  # the journal: about to start
+        self._change(machine, Change.START, at_once=True, tell_soon=True)  # the journal: about to start
         flight.phases.journalled = self._clock.monotonic()
-        self._event(machine, "start", "starting", flight.phases.source)
 
         def on_forked(running: Running) -> None:
             machine.running = running
@@ -347,6 +347,8 @@ class Fleet:
             flight.phases.forked = self._clock.monotonic()
             self._store.save(row)
 
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._event, machine, "start", "starting", flight.phases.source)
         try:
             await machine.driver.start(with_version(machine.spec, row.instance_id), on_forked)
         except DriverError as error:
@@ -356,8 +358,8 @@ class Fleet:
         return None
 
     async def _resume(self, machine: Owned, flight: Flight) -> WakeResult | None:
-        self._change(machine, Change.START)
-        self._event(machine, "start", "starting", flight.phases.source)
+        self._change(machine, Change.START, tell_soon=True)
+        asyncio.get_running_loop().call_soon(self._event, machine, "start", "starting", flight.phases.source)
         try:
             await machine.driver.resume(machine.id)
         except DriverError as error:
@@ -536,7 +538,7 @@ class Fleet:
         timeout_s: float | None = None,
         asked: bool = False,
     ) -> None:
-        """`asked`: it may be in use, so the workers are first made to send nothing new; then it is stopped in any case."""
+        """`asked`: it may be in use, so workers are first made to send nothing new; it is stopped in any case."""
         spec = machine.spec
         try:
             if previous is not None:
@@ -716,7 +718,9 @@ class Fleet:
 
     # --- the one place where state changes
 
-    def _change(self, machine: Owned, change: Change, at_once: bool = False) -> None:
+    def _change(self, machine: Owned, change: Change, at_once: bool = False, tell_soon: bool = False) -> None:
+        """`at_once`: on record before anything else happens. `tell_soon`: on the way to a start, telling comes after it
+        has been handed to the driver."""
         row = machine.row
         row.state = next_state(machine.state, change)
         row.version = self._next_version(row.version)
@@ -727,6 +731,12 @@ class Fleet:
             self._store.save_later(row)
         if change is Change.START:
             machine.note = ""
+        if tell_soon:
+            asyncio.get_running_loop().call_soon(self._tell, machine)
+        else:
+            self._tell(machine)
+
+    def _tell(self, machine: Owned) -> None:
         self.on_change(machine)
         self._tell_watchers(machine)
 
@@ -742,8 +752,9 @@ class Fleet:
     def _take_next_spec(self, machine: Owned) -> None:
         if machine.next_spec is not None:
             machine.spec, machine.next_spec = machine.next_spec, None
-        if machine.row.digest != digest_of(machine.spec):
+        if machine.digested is not machine.spec and machine.row.digest != digest_of(machine.spec):
             self._new_instance(machine)
+        machine.digested = machine.spec
 
     def _new_instance(self, machine: Owned) -> None:
         machine.row.digest = digest_of(machine.spec)
