@@ -53,6 +53,7 @@ BEAT_S = 0.5
 _FLUSH_S = 0.1
 _CHECKPOINT_S = 30.0
 _RETRY_S = 1.0
+_SLICE = 64  # apps told between two turns of the loop
 _SWITCH_S = 0.0005  # a thread that reads or writes must not keep the loop, and with it a wake, waiting for 5 ms
 EXIT_NO_CONFIG = 1
 
@@ -411,7 +412,7 @@ class Server:
         apps = [AppCells(entry.plan.name, entry.slot) for entry in self.apps.all()]
         return NodeFacts(self._plan.region, self._plan.name, apps, machines, self._worker_starts)
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         now = self._clock.unix()
         linked = self.hub.linked
         apps = []
@@ -429,6 +430,8 @@ class Server:
                 {"id": entry.plan.name, "name": entry.plan.name, "hostnames": list(entry.plan.hostnames),
                  "driver": entry.plan.driver, "machines": machines}
             )  # fmt: skip
+            if len(apps) % _SLICE == 0:
+                await asyncio.sleep(0)
         return {
             "name": self._plan.name,
             "region": self._plan.region,

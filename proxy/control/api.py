@@ -38,6 +38,7 @@ MAX_BODY_BYTES = 64 * 1024
 _LONGEST_WAIT_S = 60.0
 _FOLLOW_PAUSE_S = 0.1
 _MOST_LINES = 10_000
+_SLICE = 64  # apps or machines told between two turns of the loop
 _SIGNALS = (
     "SIGABRT", "SIGALRM", "SIGFPE", "SIGHUP", "SIGILL", "SIGINT", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGSEGV",
     "SIGTERM", "SIGTRAP", "SIGUSR1", "SIGUSR2",
@@ -54,7 +55,7 @@ class Node(Protocol):
 
     is_ready: bool
 
-    def status(self) -> Json: ...
+    async def status(self) -> Json: ...
 
     async def reload(self) -> tuple[bool, Json]:
         """Whether it was done, and what changed or which faults there are."""
@@ -195,7 +196,7 @@ class Api:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _status(self, request: web.Request) -> web.Response:
-        return _json(self._node.status())
+        return await _large_json(await self._node.status())
 
     async def _reload(self, request: web.Request) -> web.Response:
         done, answer = await self._node.reload()
@@ -210,8 +211,12 @@ class Api:
     # --- apps
 
     async def _list_apps(self, request: web.Request) -> web.Response:
-        apps = [_app_json(entry) for entry in self._apps.all()]
-        return _json({"total_apps": len(apps), "apps": apps})
+        apps = []
+        for entry in self._apps.all():
+            apps.append(_app_json(entry))
+            if len(apps) % _SLICE == 0:
+                await asyncio.sleep(0)
+        return await _large_json({"total_apps": len(apps), "apps": apps})
 
     async def _get_app(self, request: web.Request) -> web.Response:
         return _json(_app_json(self._entry(request)))
@@ -249,7 +254,12 @@ class Api:
             for machine in entry.machines
             if (not states or machine.row.state in states) and region in (None, machine.region)
         ]
-        return _json([self._machine_json(machine) for machine in wanted])
+        shown = []
+        for machine in wanted:
+            shown.append(self._machine_json(machine))
+            if len(shown) % _SLICE == 0:
+                await asyncio.sleep(0)
+        return await _large_json(shown)
 
     async def _get_machine(self, request: web.Request) -> web.Response:
         machine = self._machine(request)
@@ -486,6 +496,11 @@ def _iso(unix_s: float) -> str:
     from datetime import UTC, datetime
 
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+async def _large_json(body: Json | list[Any]) -> web.Response:
+    """Encoded in a thread: thousands of apps must not hold up a wake."""
+    return web.json_response(text=await asyncio.to_thread(json.dumps, body))
 
 
 def _json(body: Json | list[Any], status: int = 200) -> web.Response:

@@ -349,6 +349,7 @@ class Apps:
 
     def _retire(self, machine: Owned) -> None:
         hurry = asyncio.Event()
+        machine.is_leaving = True
         task = spawn(self._retire_steps(machine, hurry), f"retire {machine.id}")
         self._retiring[machine.id] = task, hurry
 

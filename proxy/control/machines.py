@@ -129,6 +129,7 @@ class Owned:
     restarting: asyncio.Task[None] | None = None
     rechecking: asyncio.Task[None] | None = None
     handshake: asyncio.Future[None] | None = None  # a soft-cordon under way; done = a wake has won over it
+    is_leaving: bool = False  # no longer configured: nothing starts it any more
     unreached: bool = False  # it is being stopped because it never listened
     restarts: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     watchers: list[asyncio.Future[None]] = field(default_factory=list)
@@ -277,6 +278,8 @@ class Fleet:
         version, row = machine.row.version, machine.row
         if self._ending_all:
             return WakeResult(version, Code.START_CANCELLED, "the node is shutting down")
+        if machine.is_leaving:
+            return WakeResult(version, Code.MACHINE_GONE, "it is no longer configured")
         if source != "proxy":
             return None
         services = machine.app.services_of(row.group)
@@ -478,7 +481,7 @@ class Fleet:
 
     def _after_exit(self, machine: Owned, end: Exit) -> None:
         """It ended by itself: the restart policy."""
-        if self._ending_all or machine.restarting is not None:
+        if self._ending_all or machine.is_leaving or machine.restarting is not None:
             return
         group, now = machine.group, self._clock.monotonic()
         pause = restart_pause_s(group.restart, end.code, end.signal, machine.restarts, now, group.restart_retries)
@@ -655,6 +658,7 @@ class Fleet:
 
     async def remove(self, machine: Owned) -> None:
         """Stop a machine and forget it: its app, or its place in it, is no longer configured."""
+        machine.is_leaving = True
         if not machine.is_static:
             if (end := self.stop(machine, "flyd")) is not None:
                 await asyncio.wait({end})
@@ -706,6 +710,7 @@ class Fleet:
     async def wait_for(self, machine: Owned, states: Iterable[str], timeout_s: float) -> bool:
         """True once it is in one of the states and nothing is under way that leaves it at once."""
         wanted = frozenset(states)
+        watcher: asyncio.Future[None] | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 while machine.row.state not in wanted:
@@ -714,6 +719,9 @@ class Fleet:
                     await watcher
         except TimeoutError:
             return False
+        finally:
+            if watcher in machine.watchers:
+                machine.watchers.remove(watcher)
         return True
 
     # --- the one place where state changes

@@ -28,7 +28,7 @@ class Node:
         self.is_ready = True
         self.reloads = True
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         return {"name": "node"}
 
     async def reload(self) -> tuple[bool, dict[str, Any]]:

@@ -10,6 +10,8 @@ from proxy.clock import spawn
 from proxy.control.machines import Owned
 from proxy.control.plan import GroupPlan, MountPlan, StaticMachine, keep_plan, kept_plan
 from proxy.control.specs import digest_of, machine_id, make_spec, with_version
+from proxy.errors import Code
+from proxy.machines.driver import Exit
 from proxy.model import AppName, Autostop, Endpoint, MachineId, MachineState
 from tests.control.rig import Rig, a_plan, a_service, an_app
 from tests.support.clock import settle
@@ -186,6 +188,19 @@ async def test_machines_of_a_removed_app_finish_what_they_have_and_are_stopped(r
     assert not rig.host.is_running(machine.id)
     assert rig.fleet.all() == [] and rig.store.machines() == []
     assert ("release", machine.id) in rig.driver.calls
+
+
+async def test_a_wake_that_comes_too_late_does_not_start_a_machine_that_leaves(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = await rig.started()
+    rig.begin_request(machine)
+    await rig.apps.apply(a_plan())
+    rig.host.end(machine.id, Exit(code=1))
+    await rig.clock.advance(1.0)
+    assert rig.fleet.wake(machine.id).result().code is Code.MACHINE_GONE
+    rig.end_request(machine)
+    await rig.clock.advance(0.2)
+    assert rig.starts(machine) == 1 and rig.fleet.all() == []
 
 
 async def test_a_lower_count_retires_the_machines_over_it(rig: Rig) -> None:
