@@ -53,7 +53,7 @@ class InternalCA:
                 else:
                     root = Certificate.from_pem("root", stored)
                 if not self._public_path.exists() or self._public_path.read_bytes() != root.chain_pem:
-                    self._public_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    self._public_path.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(self._public_path, root.chain_pem, 0o644)
             self._key = key_from_pem(root.key_pem)
             self._root = root

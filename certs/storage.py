@@ -40,7 +40,7 @@ class Storage(Protocol):
 
 
 class SealedFolder:
-    """A file per key, mode 0600, in folders of mode 0700, written beside and renamed."""
+    """A file per key, mode 0600, in subfolders of mode 0700, written beside and renamed."""
 
     def __init__(self, folder: Path, seal: Seal) -> None:
         self._folder = Path(folder)
@@ -72,7 +72,7 @@ class SealedFolder:
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f".{_checked(key).replace('/', '.')}.lock"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -583,7 +583,7 @@ async def test_a_write_that_openssl_cannot_take_now_is_sent_later(tmp_path: Path
 def test_sessions_resume_at_every_forked_worker_and_across_renewed_leafs(
     tmp_path: Path, version: ssl.TLSVersion
 ) -> None:
-    """The base context is made before the fork; each process builds a leaf context of its own, one of a renewed leaf."""
+    """The base context is made before the fork; each process builds a leaf context, one of a renewed leaf."""
     base = new_base_context()
     authority = make_authority(tmp_path)
     listeners, pids = [], []

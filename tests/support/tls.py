@@ -135,8 +135,9 @@ async def serve(
     server: Server
 
     def make_inner(transport: TlsTransport, hello: ClientHello) -> asyncio.Protocol:
-        server.inners.append(inner())
-        return server.inners[-1]
+        made = inner()
+        server.inners.append(made)
+        return made
 
     def hear(hello: ClientHello, peer: Any) -> None:
         server.hellos.append(hello)
