@@ -2,13 +2,12 @@
 
 Heads are re-emitted from parsed fields as one joined byte string. Hop-by-hop fields end here (RFC 9110 §7.6.1), and
 what a client may not say about itself is removed before we say it: `fly-*`, `x-forwarded-*`, `forwarded` and kin.
-Names are remembered by the spelling received, so that a usual field costs one dict look-up (measured: 10 fields
-filtered and written in 1.7 us).
+The reader drops what REQUEST_RULES and RESPONSE_RULES say while it reads, so that a field is looked at once.
 """
 
 from __future__ import annotations
 
-from proxy.wire.http1 import CHUNKED, UNTIL_CLOSE, Headers, RequestHead, ResponseHead
+from proxy.wire.http1 import CHUNKED, UNTIL_CLOSE, FieldRules, Headers, RequestHead, ResponseHead
 
 _HOP_BY_HOP = frozenset(
     {
@@ -35,10 +34,6 @@ _CLIENTS_OWN = frozenset(
     }
 )  # fmt: skip
 
-_SPELLINGS_MAX = 4096
-_request_drops: dict[bytes, bool] = {}
-_response_drops: dict[bytes, bool] = {}
-
 # Trailers that would change framing, routing or trust if merged (RFC 9110 §6.5.1): never passed.
 _NOT_IN_TRAILERS = frozenset(
     {b"host", b"authorization", b"cookie", b"set-cookie", b"content-type", b"content-encoding", b"content-range",
@@ -46,23 +41,19 @@ _NOT_IN_TRAILERS = frozenset(
 )  # fmt: skip
 
 
-def _is_dropped_from_request(name: bytes) -> bool:
-    lower = name.lower()
+def _is_dropped_from_request(lower: bytes) -> bool:
+    if lower in _CLIENTS_OWN:
+        return False
     dashed = lower.replace(b"_", b"-")  # an origin that maps `_` to `-` would take it for the real one
-    drop = (
-        dashed in _HOP_BY_HOP or dashed in _TRUST or (dashed.startswith(_TRUST_PREFIXES) and lower not in _CLIENTS_OWN)
-    )
-    if len(_request_drops) < _SPELLINGS_MAX:
-        _request_drops[name] = drop
-    return drop
+    return dashed in _HOP_BY_HOP or dashed in _TRUST or dashed.startswith(_TRUST_PREFIXES)
 
 
-def _is_dropped_from_response(name: bytes) -> bool:
-    lower = name.lower()
-    drop = lower in _HOP_BY_HOP or lower == b"wakefront-error"
-    if len(_response_drops) < _SPELLINGS_MAX:
-        _response_drops[name] = drop
-    return drop
+def _is_dropped_from_response(lower: bytes) -> bool:
+    return lower in _HOP_BY_HOP or lower == b"wakefront-error"
+
+
+REQUEST_RULES = FieldRules(_is_dropped_from_request)
+RESPONSE_RULES = FieldRules(_is_dropped_from_response, of_response=True)
 
 
 def identity_fields(
@@ -86,17 +77,9 @@ def identity_fields(
 
 def request_head(head: RequestHead, identity: bytes, request_id: bytes, start_us: int, trace: bytes) -> bytes:
     """The head a machine gets: the client's own fields, then ours. `identity` comes from `identity_fields`."""
-    parts: list[bytes] = [head.method, b" ", head.target, b" HTTP/1.1\r\n"]
+    passed = _without(head.passed, head.listed_hops - {b"host"}) if head.listed_hops else head.passed
+    parts: list[bytes] = [head.method, b" ", head.target, b" HTTP/1.1\r\n", *passed]
     add = parts.extend
-    drops = _request_drops
-    listed = head.listed_hops
-    for name, value in head.headers:
-        drop = drops.get(name)
-        if drop is None:
-            drop = _is_dropped_from_request(name)
-        if drop or (listed and name.lower() in listed and name.lower() != b"host"):
-            continue
-        add((name, b": ", value, b"\r\n"))
     if head.length == CHUNKED:
         parts.append(b"transfer-encoding: chunked\r\n")
     elif head.length or head.method in _BODY_METHODS:
@@ -111,6 +94,15 @@ def request_head(head: RequestHead, identity: bytes, request_id: bytes, start_us
 
 
 _BODY_METHODS = frozenset({b"POST", b"PUT", b"PATCH"})
+
+
+def _without(passed: list[bytes], names: frozenset[bytes]) -> list[bytes]:
+    """The flat field list less the fields of some (lower-case) names."""
+    kept: list[bytes] = []
+    for at in range(0, len(passed), 4):
+        if passed[at].lower() not in names:
+            kept += passed[at : at + 4]
+    return kept
 
 
 class ResponseRules:
@@ -135,34 +127,24 @@ def response_head(
     send_connection: bytes,
 ) -> bytes:
     """The head a client gets. `framing` and `send_connection` are header lines or empty; `server` is ours."""
-    parts: list[bytes] = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n"]
-    add = parts.extend
-    drops = _response_drops
-    listed = head.listed_hops
     removed = rules.removed
-    replaced_server = not rules.pristine
-    for name, value in head.headers:
-        drop = drops.get(name)
-        if drop is None:
-            drop = _is_dropped_from_response(name)
-        if drop or (listed and name.lower() in listed) or (removed and name.lower() in removed):
-            continue
-        if replaced_server and name in _SERVER_SPELLINGS:
-            continue
-        add((name, b": ", value, b"\r\n"))
+    names = head.listed_hops | removed
+    passed = _without(head.passed, names) if names else head.passed
     if rules.pristine:
-        add((rules.added, framing, send_connection, b"\r\n"))
+        ours: tuple[bytes, ...] = ()
+        if head.server is not None and b"server" not in names:
+            ours = (head.server[0], b": ", head.server[1], b"\r\n")
+    elif removed:
+        ours = _ours(removed, server, request_id)
     else:
-        add((*_ours(removed, server, request_id), rules.added, framing, send_connection, b"\r\n"))
-    return b"".join(parts)
-
-
-_SERVER_SPELLINGS = frozenset({b"server", b"Server", b"SERVER"})
+        ours = (b"server: ", server, b"\r\nvia: 1.1 wakefront\r\nfly-request-id: ", request_id, b"\r\n")
+    return b"".join(
+        [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", *passed, *ours, rules.added, framing, send_connection,
+         b"\r\n"]
+    )  # fmt: skip
 
 
 def _ours(removed: frozenset[bytes], server: bytes, request_id: bytes) -> tuple[bytes, ...]:
-    if not removed:
-        return (b"server: ", server, b"\r\nvia: 1.1 wakefront\r\nfly-request-id: ", request_id, b"\r\n")
     parts: list[bytes] = []
     for name, value in ((b"server", server), (b"via", b"1.1 wakefront"), (b"fly-request-id", request_id)):
         if name not in removed:
@@ -194,7 +176,8 @@ def trailer_block(trailers: Headers) -> bytes:
         return b"0\r\n\r\n"
     parts: list[bytes] = [b"0\r\n"]
     for name, value in trailers:
-        if name.lower() in _NOT_IN_TRAILERS or _is_dropped_from_request(name):
+        lower = name.lower()
+        if lower in _NOT_IN_TRAILERS or _is_dropped_from_request(lower):
             continue
         parts += (name, b": ", value, b"\r\n")
     parts.append(b"\r\n")
@@ -203,18 +186,15 @@ def trailer_block(trailers: Headers) -> bytes:
 
 def interim_head(head: ResponseHead) -> bytes:
     """A 1xx response, hop-by-hop fields removed."""
-    parts: list[bytes] = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n"]
-    for name, value in head.headers:
-        if not _is_dropped_from_response(name) and name.lower() not in head.listed_hops:
-            parts += (name, b": ", value, b"\r\n")
-    parts.append(b"\r\n")
-    return b"".join(parts)
+    passed = _without(head.passed, head.listed_hops) if head.listed_hops else head.passed
+    return b"".join([b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", *passed, b"\r\n"])
 
 
 def switching_head(head: ResponseHead, rules: ResponseRules, request_id: bytes, server: bytes) -> bytes:
     """The 101 that opens a tunnel: as `response_head`, with the Upgrade of the machine."""
-    protocol = next((value for name, value in head.headers if name.lower() == b"upgrade"), b"")
-    return response_head(head, rules, request_id, b"", server, b"connection: upgrade\r\nupgrade: " + protocol + b"\r\n")
+    return response_head(
+        head, rules, request_id, b"", server, b"connection: upgrade\r\nupgrade: " + head.upgrade + b"\r\n"
+    )
 
 
 def redirect_target(authority: bytes, host: str, target: bytes, bound_http: int, public: int, https_port: int) -> bytes:

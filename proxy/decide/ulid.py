@@ -1,4 +1,5 @@
-"""Request ids: 26-character ULIDs, unique over workers and nodes, growing within one (spec routing §6.1)."""
+"""Request and trace ids. Request ids are 26-character ULIDs, unique over workers and nodes,
+growing within one (spec routing §6.1)."""
 
 from __future__ import annotations
 
@@ -31,3 +32,21 @@ class UlidMaker:
             self._prefix = _encode(unix_ms, 5) + self._random
         self._count = count = (self._count + 1) & 0x3FFFFFFF
         return self._prefix + _PAIRS[count >> 20] + _PAIRS[count >> 10 & 1023] + _PAIRS[count & 1023]
+
+
+class TraceMaker:
+    """Makes W3C `traceparent` values, not sampled: a random half chosen once, and a count times a fixed odd factor."""
+
+    __slots__ = ("_count", "_mask", "_prefix")
+
+    def __init__(self, seed: bytes) -> None:
+        """`seed`: at least 16 random bytes, different in every process."""
+        self._prefix = b"00-%016x" % (int.from_bytes(seed[:8], "big") | 1)
+        self._mask = int.from_bytes(seed[8:16], "big")
+        self._count = 0
+
+    def next(self) -> bytes:
+        """The next value; trace and span ids are never zero."""
+        self._count = count = self._count + 1
+        spread = (count * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF  # a bijection, so no two are equal
+        return b"%b%016x-%016x-00" % (self._prefix, spread ^ self._mask, spread or 1)

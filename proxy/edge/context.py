@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from bisect import bisect_left
 from typing import Protocol
 
 from proxy.clock import unix
-from proxy.decide.ulid import UlidMaker
+from proxy.decide.ulid import TraceMaker, UlidMaker
 from proxy.edge.access_log import AccessLog, Record
 from proxy.edge.table import Table
 from proxy.edge.timers import Wheel
@@ -65,12 +66,13 @@ class EdgeContext:
         self.worker_base = memory.worker_base(worker)
         self.load = Load(memory, worker)
         self.wheel = Wheel(loop)
-        self.table = Table(public_ports)
+        self.table = Table(public_ports, lambda slot: memory.app_base(worker, slot))
         self.public_ports = public_ports
         self.rng = random.Random()
         self.link = link
         self.waker = Waker(self.wheel, link, self.table, self.rng)
         self.ulids = UlidMaker(os.urandom(8))
+        self.traces = TraceMaker(os.urandom(16))
         self.log = AccessLog("", "json", self.wheel, self._count_dropped)
         self.draining = False
         self.settings = Settings(settings.protocol, "", "", "")
@@ -111,24 +113,15 @@ class EdgeContext:
             cells[base + A_UPSTREAM_DISCONNECTS] += upstream_disconnects
 
     def count_request(
-        self,
-        app_slot: int,
-        status: int,
-        us: int,
-        upstream_us: int,
-        bytes_in: int,
-        bytes_out: int,
-        failed: bool,
-        woke: bool,
+        self, base: int, status: int, us: int, upstream_us: int, bytes_in: int, bytes_out: int, failed: bool, woke: bool
     ) -> None:
-        """Account one finished request of an app."""
+        """Account one finished request of the app whose cells begin at `base`."""
         cells = self.cells
-        base = self.memory.app_base(self.worker, app_slot)
         cells[base + STATUS_CELL.get(status, OTHER_STATUS)] += 1
-        cells[base + A_LATENCY + _bucket(us)] += 1
+        cells[base + A_LATENCY + bisect_left(_BOUNDS_US, us)] += 1
         cells[base + A_LATENCY_SUM_US] += us
         if upstream_us:
-            cells[base + A_UPSTREAM_LATENCY + _bucket(upstream_us)] += 1
+            cells[base + A_UPSTREAM_LATENCY + bisect_left(_BOUNDS_US, upstream_us)] += 1
             cells[base + A_UPSTREAM_LATENCY_SUM_US] += upstream_us
         if bytes_in:
             cells[base + A_BYTES_IN] += bytes_in
@@ -155,12 +148,3 @@ class EdgeContext:
     def close(self) -> None:
         self.log.close()
         self.wheel.close()
-
-
-def _bucket(us: int) -> int:
-    at = 0
-    for bound in _BOUNDS_US:
-        if us <= bound:
-            return at
-        at += 1
-    return at

@@ -14,7 +14,14 @@ import enum
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-from proxy.decide.headers import identity_fields, interim_head, response_head, switching_head, trailer_block
+from proxy.decide.headers import (
+    REQUEST_RULES,
+    identity_fields,
+    interim_head,
+    response_head,
+    switching_head,
+    trailer_block,
+)
 from proxy.edge.exchange import Exchange, error_page
 from proxy.edge.flow import ReadGate
 from proxy.edge.relay import Tunnel
@@ -97,7 +104,7 @@ class HttpConnection(asyncio.Protocol):
         self.client_ip = ""
         self._local_ip = ""
         self._identities: dict[tuple[int, bool], bytes] = {}
-        self._reader = RequestReader(self, edge.limits)
+        self._reader = RequestReader(self, edge.limits, REQUEST_RULES)
         self._exchange: Exchange | None = None
         self._queue: deque[_Queued] | None = None
         self._queue_paused = False
@@ -232,7 +239,7 @@ class HttpConnection(asyncio.Protocol):
         if self._queue:
             self._queue[-1].ended = True
             self._queue[-1].trailers = trailers
-        elif self._exchange is not None:
+        elif self._exchange is not None and not self._exchange.body_done:
             self._exchange.on_body_end(trailers)
             self._set_deadline()
 
@@ -359,6 +366,11 @@ class HttpConnection(asyncio.Protocol):
         transport = self._transport
         if len(out) == 1:
             data = out[0]
+            out.clear()
+            transport.write(data)
+            return
+        if len(out) == 2 and len(out[1]) <= JOIN_BYTES:  # a head and the whole of a small body: the usual answer
+            data = out[0] + out[1]
             out.clear()
             transport.write(data)
             return

@@ -4,7 +4,7 @@ An Exchange knows no HTTP version towards the client: it talks to a `Stream`. It
 waited for: a running machine with a kept connection costs no task. What is waited for calls back: a connection being
 made (`on_connected`), a machine being woken (`_on_woken`).
 
-    run -> _route -> _admit -> _choose -> _attempt -> [connect] -> _send -> response head -> relay -> _end
+    run (route, redirect) -> _choose -> _attempt -> [connect] -> _send -> response head -> relay -> _end
                                   |  ^                    |
                                 wake +---- retry ---------+
 """
@@ -119,44 +119,58 @@ class Exchange:
 
     def run(self) -> None:
         """Go through the phases until something answers or has to be waited for."""
-        error = self._route()
-        if error is not None:
-            self.refuse(error)
-        elif not self._redirect():
+        stream, head = self.stream, self.head
+        app = self.edge.table.hosts.get(head.host)
+        port = app.ports.get(stream.public_port) if app is not None else None
+        if (
+            port is None
+            or app is None
+            or not port.http
+            or port.tls is not stream.is_tls
+            or (stream.sni_app is not None and stream.sni_app != app.name)
+        ):
+            self._misroute(app, port)
+            return
+        self.app = app
+        self.port = port
+        if port.force_https and not stream.is_tls:
+            self._redirect()
+            return
+        running = port.service.running
+        if len(running) == 1 and self.tried is None:
+            self._attempt(running[0])
+        else:
             self._choose()
 
-    def _route(self) -> ProxyError | None:
+    def _misroute(self, app: AppView | None, port: PortView | None) -> None:
+        """Nothing here serves this request: say which way."""
         stream = self.stream
-        app = self.edge.table.hosts.get(self.head.host)
         if app is None:
-            return ProxyError(Code.UNKNOWN_HOST, Source.DOWNSTREAM, detail="no app has this host name")
-        sni_app = stream.sni_app
-        if sni_app is not None and sni_app != app.record.name:
-            return ProxyError(Code.MISDIRECTED, Source.DOWNSTREAM, detail="Host is another app's than the certificate")
+            error = ProxyError(Code.UNKNOWN_HOST, Source.DOWNSTREAM, detail="no app has this host name")
+        elif stream.sni_app is not None and stream.sni_app != app.name:
+            error = ProxyError(Code.MISDIRECTED, Source.DOWNSTREAM, detail="Host is another app's than the certificate")
+        elif port is None or not port.http:
+            error = ProxyError(Code.UNKNOWN_HOST, Source.DOWNSTREAM, detail="the app serves no HTTP on this port")
+        elif port.tls:
+            error = ProxyError(Code.BAD_REQUEST, Source.DOWNSTREAM, detail="this port speaks TLS, the request did not")
+        else:
+            error = ProxyError(Code.BAD_REQUEST, Source.DOWNSTREAM, detail="this port speaks no TLS, the request did")
         self.app = app
-        port = app.ports.get(stream.public_port)
-        if port is None or not port.http:
-            return ProxyError(Code.UNKNOWN_HOST, Source.DOWNSTREAM, detail="the app serves no HTTP on this port")
-        if port.tls is not stream.is_tls:
-            return ProxyError(Code.BAD_REQUEST, Source.DOWNSTREAM, detail="this port speaks TLS, the request did not")
-        self.port = port
-        return None
+        self.refuse(error)
 
-    def _redirect(self) -> bool:
-        port, stream = self.port, self.stream
-        assert port is not None
-        if not port.force_https or stream.is_tls:
-            return False
-        ports = self.edge.public_ports
-        head = self.head
+    def _redirect(self) -> None:
+        stream, head, ports = self.stream, self.head, self.edge.public_ports
         location = redirect_target(
-            head.authority, head.host, head.target, ports.get(stream.public_port, 0), stream.public_port,
+            head.authority,
+            head.host,
+            head.target,
+            ports.get(stream.public_port, 0),
+            stream.public_port,
             ports.get(443, 443),
-        )  # fmt: skip
+        )
         self.status = 301
         stream.send_answer(301, ((b"location", location),), b"", self.request_id)
         self._end(close=not self.body_done)
-        return True
 
     def _choose(self) -> None:
         port, edge = self.port, self.edge
@@ -212,26 +226,19 @@ class Exchange:
         if error is not None:
             self.refuse(error)
         else:
-            self._refresh_route()
-
-    def _refresh_route(self) -> None:
-        """Choose by the newest record: it may have been replaced while we waited."""
-        error = self._route()
-        if error is not None:
-            self.refuse(error)
-        else:
-            self._choose()
+            self.run()  # by the newest records: they may have been replaced while we waited
 
     def _attempt(self, machine: MachineView) -> None:
-        app, port, edge = self.app, self.port, self.edge
+        app, port = self.app, self.port
         assert app is not None and port is not None
         self.machine = machine
         self.attempts += 1
         if self.counted_slot != machine.slot:
             self._release_load()
             self.counted_slot = machine.slot
-            edge.load.admit(machine.slot, None)
-        pool = pool_for(edge, machine, port.service, app)
+            self.edge.load.admit(machine.slot, None)
+        service = port.service
+        pool = machine.pools.get(service.internal_port) or pool_for(self.edge, machine, service, app)
         connection = pool.take()
         if connection is None:
             self.connecting = pool.connect(self)
@@ -257,26 +264,25 @@ class Exchange:
 
     def _send(self, connection: UpstreamConnection) -> None:
         """Write the head and what is held of the body; from here on the body streams."""
-        stream, head, port, app = self.stream, self.head, self.port, self.app
+        stream, head, port, app, edge = self.stream, self.head, self.port, self.app, self.edge
         assert port is not None and app is not None
         self.upstream = connection
         connection.begin(self, self.head_only)
         self.sent_ns = monotonic_ns()
-        rng = self.edge.rng
         data = request_head(
             head,
             stream.identity(head.minor, port.service.pooled or head.upgrade is not None),
             self.request_id,
             int(self.started_unix * 1_000_000),
-            b"00-%032x-%016x-00" % (rng.getrandbits(128) | 1, rng.getrandbits(64) | 1),
+            edge.traces.next(),
         )
-        limits = app.record.limits
-        if self.held is None and self.body_done:
-            connection.write(data)
-            if limits.first_byte_timeout_s is not None:
-                connection.arm(limits.first_byte_timeout_s)
+        if self.body_done and self.held is None:
+            connection.transport.write(data)
+            limit = app.record.limits.first_byte_timeout_s
+            if limit is not None:
+                edge.wheel.arm(connection, limit)
             return
-        connection.write(data)
+        connection.transport.write(data)
         connection.disarm()
         held, self.held, self.held_bytes = self.held, None, 0
         for piece in held or ():
@@ -331,15 +337,14 @@ class Exchange:
         if head.status < 200:
             self._on_interim(head)
             return
-        stream, request, port, app = self.stream, self.head, self.port, self.app
-        assert port is not None and app is not None and self.upstream is not None
+        stream, request, port = self.stream, self.head, self.port
+        assert port is not None
         self.first_byte_ns = monotonic_ns()
         self.response = head
         self.status = head.status
         framing, self.chunked_out, must_close = response_framing(head, self.head_only, request.minor)
         # A body that is not whole yet may never be: then the connection's next byte is not a request.
         self.close_after = must_close or not self.body_done or request.upgrade is not None
-        self.upstream.arm(app.record.limits.idle_timeout_s)
         stream.send_head(head, port, self.request_id, framing, self.close_after)
 
     def _on_interim(self, head: ResponseHead) -> None:
@@ -375,10 +380,6 @@ class Exchange:
             self.stream.send_chunk(data)
         else:
             self.stream.send_data(data)
-        # the deadline moves with each piece: an assignment, not a timer
-        connection, app = self.upstream, self.app
-        if connection is not None and app is not None:
-            connection.arm(app.record.limits.idle_timeout_s)
 
     def on_response_end(self, trailers: Headers) -> None:
         if self.chunked_out:
@@ -395,8 +396,12 @@ class Exchange:
 
     def on_upstream_read(self) -> None:
         """The machine's bytes of this turn have been taken: pass on what gathered."""
-        if not self.ended:
-            self.stream.flush()
+        if self.ended:
+            return
+        self.stream.flush()
+        connection, app = self.upstream, self.app
+        if connection is not None and app is not None and self.tunnel is None and not self.upstream_held:
+            connection.arm(app.record.limits.idle_timeout_s)
 
     def on_upstream_eof(self) -> bool:
         """The machine sends no more. True keeps our side to it open (a half-closed tunnel)."""
@@ -568,7 +573,7 @@ class Exchange:
         if app is not None:
             upstream_us = (self.first_byte_ns - self.sent_ns) // 1000 if self.first_byte_ns else 0
             edge.count_request(
-                app.record.slot,
+                app.cells,
                 self.status,
                 us,
                 upstream_us,

@@ -7,9 +7,13 @@ One `AppView` per app, replaced or updated in one assignment when a record comes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from proxy.decide.headers import ResponseRules
 from proxy.model import App, AppName, Machine, MachineId, MachineState, Port, Service
+
+if TYPE_CHECKING:
+    from proxy.edge.upstream import Pool
 
 
 class MachineView:
@@ -34,22 +38,14 @@ class MachineView:
         self.pools.clear()
 
 
-class Pool:
-    """What the table needs of a connection pool (upstream.py has the real one)."""
-
-    __slots__ = ()
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
 class ServiceView:
     """A service and the machines that can take its requests now."""
 
-    __slots__ = ("machines", "pooled", "record", "running")
+    __slots__ = ("internal_port", "machines", "pooled", "record", "running")
 
     def __init__(self, record: Service, machines: Iterable[MachineView]) -> None:
         self.record = record
+        self.internal_port = record.internal_port
         self.pooled = record.concurrency_type.value == "requests"
         self.machines = [one for one in machines if one.record.group in record.processes]
         self.running: list[MachineView] = []
@@ -80,10 +76,14 @@ class PortView:
 class AppView:
     """An app, ready for requests."""
 
-    __slots__ = ("machines", "ports", "record", "services")
+    __slots__ = ("cells", "machines", "name", "ports", "record", "services")
 
-    def __init__(self, record: App, public_ports: Iterable[int], machines: dict[MachineId, MachineView]) -> None:
+    def __init__(
+        self, record: App, public_ports: Iterable[int], machines: dict[MachineId, MachineView], cells: int
+    ) -> None:
         self.record = record
+        self.name = record.name
+        self.cells = cells  # first of the app's counters in this worker's part of shared memory
         self.machines = machines
         self.services = [ServiceView(service, machines.values()) for service in record.services]
         self.ports: dict[int, PortView] = {}
@@ -106,8 +106,10 @@ class AppView:
 class Table:
     """All apps by name and by host. `on_machine` is told of every machine record that took effect."""
 
-    def __init__(self, public_ports: Iterable[int]) -> None:
+    def __init__(self, public_ports: Iterable[int], app_cells: Callable[[int], int]) -> None:
+        """`app_cells(slot)`: the first of an app's counters in this worker's part of shared memory."""
         self._public_ports = tuple(public_ports)
+        self._app_cells = app_cells
         self.apps: dict[AppName, AppView] = {}
         self.hosts: dict[str, AppView] = {}
         self.on_machine: Callable[[AppName, Machine], None] | None = None
@@ -142,7 +144,7 @@ class Table:
                     changed.append(machine)
                 self._update(view, machine)
             machines[machine.id] = view
-        app = AppView(record, self._public_ports, machines)
+        app = AppView(record, self._public_ports, machines, self._app_cells(record.slot))
         self.apps[record.name] = app
         self._port_kinds.clear()
         for host in record.hostnames:

@@ -11,10 +11,11 @@ import asyncio
 import errno
 import socket
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from proxy import namespace
 from proxy.clock import monotonic_ns, spawn
+from proxy.decide.headers import RESPONSE_RULES
 from proxy.edge import table
 from proxy.edge.flow import ReadGate
 from proxy.edge.timers import NEVER
@@ -48,6 +49,25 @@ class UpstreamUser(Protocol):
     def on_upstream_resume(self) -> None: ...
 
 
+class _Nobody:
+    """Takes what is still read from a connection whose exchange has gone."""
+
+    def on_response_head(self, head: ResponseHead) -> None:
+        pass
+
+    def on_response_body(self, data: bytes) -> None:
+        pass
+
+    def on_response_end(self, trailers: Headers) -> None:
+        pass
+
+    def on_upgrade_bytes(self, data: bytes) -> None:
+        pass
+
+
+_NOBODY = _Nobody()
+
+
 class UpstreamConnection(asyncio.Protocol):
     """One connection to a machine, HTTP/1.1, one exchange at a time."""
 
@@ -66,14 +86,16 @@ class UpstreamConnection(asyncio.Protocol):
         self.answered = False  # some byte of the answer under way has arrived
         self.deadline = NEVER
         self.wheel_tick = 0
-        self._reader = ResponseReader(self, _LIMITS)
+        self._reader = ResponseReader(_NOBODY, _LIMITS, RESPONSE_RULES)
 
     # --- for the exchange
 
     def begin(self, user: UpstreamUser, head_only: bool) -> None:
         self._user = user
         self.answered = False
-        self._reader.expect(head_only)
+        reader = self._reader
+        reader.sink = user
+        reader.expect(head_only)
 
     def write(self, data: bytes) -> None:
         self.transport.write(data)
@@ -87,6 +109,7 @@ class UpstreamConnection(asyncio.Protocol):
     def release(self, clean: bool) -> None:
         """The exchange is over. `clean`: request and response were whole and the machine keeps the connection."""
         self._user = None
+        self._reader.sink = _NOBODY
         self.reused = True
         if clean and not self.gate.pauses and self.pool.keep(self):
             return
@@ -96,6 +119,7 @@ class UpstreamConnection(asyncio.Protocol):
     def abort(self) -> None:
         """End it at once: what it carried is of no use to anybody."""
         self._user = None
+        self._reader.sink = _NOBODY
         self.transport.abort()
 
     # --- asyncio.Protocol
@@ -116,30 +140,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._reader.feed(data)
         except ProxyError as error:
             if self._user is not None:
-                self._user = None
-                self.transport.abort()
+                self.abort()
                 user.on_upstream_failed(error)
             else:
                 self.pool.discard(self)
                 self.transport.abort()
             return
         user.on_upstream_read()
-
-    def on_response_head(self, head: ResponseHead) -> None:
-        if self._user is not None:
-            self._user.on_response_head(head)
-
-    def on_response_body(self, data: bytes) -> None:
-        if self._user is not None:
-            self._user.on_response_body(data)
-
-    def on_response_end(self, trailers: Headers) -> None:
-        if self._user is not None:
-            self._user.on_response_end(trailers)
-
-    def on_upgrade_bytes(self, data: bytes) -> None:
-        if self._user is not None:
-            self._user.on_upgrade_bytes(data)
 
     def eof_received(self) -> bool:
         user = self._user
@@ -154,6 +161,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._wheel.drop(self)
         self.pool.count_disconnect()
         user, self._user = self._user, None
+        self._reader.sink = _NOBODY  # and no cycle is left for the collector
         if user is None:
             self.pool.discard(self)
             return
@@ -188,7 +196,7 @@ class UpstreamConnection(asyncio.Protocol):
             user.on_upstream_failed(ProxyError(Code.FIRST_BYTE_TIMEOUT, Source.UPSTREAM, detail="no answer in time"))
 
 
-class Pool(table.Pool):
+class Pool:
     """Kept connections to one endpoint of one machine."""
 
     __slots__ = ("_app_base", "_closed", "_connect_timeout_s", "_endpoint", "_idle", "_keeps", "_netns_pid", "edge")
@@ -316,7 +324,7 @@ class Pool(table.Pool):
 def pool_for(edge: EdgeContext, machine: table.MachineView, service: table.ServiceView, app: table.AppView) -> Pool:
     """The pool of a machine's endpoint for a service, made on first use."""
     port = service.record.internal_port
-    found: Any = machine.pools.get(port)
+    found = machine.pools.get(port)
     if found is None:
         endpoint = machine.record.endpoint(port)
         assert endpoint is not None  # ServiceView.running holds only machines that have it
@@ -326,7 +334,6 @@ def pool_for(edge: EdgeContext, machine: table.MachineView, service: table.Servi
             machine.record.netns_pid,
             service.pooled,
             app.record.limits.connect_timeout_s,
-            edge.memory.app_base(edge.worker, app.record.slot),
+            app.cells,
         )
-    assert isinstance(found, Pool)
     return found

@@ -11,6 +11,7 @@ A body of known length goes round the parser once its head has been judged: its 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 import httptools
@@ -35,17 +36,29 @@ class Limits:
 
 
 class RequestHead:
-    """One request's head. `host` is the normalised authority without port; `length` a byte count or CHUNKED."""
+    """One request's head. `host` is the normalised authority without port; `length` a byte count or CHUNKED.
+
+    `passed` holds the fields that go on, flat and ready to be joined: name, `: `, value, CRLF, name, ...
+    """
 
     __slots__ = (
-        "authority", "expects_continue", "headers", "host", "keep_alive", "length", "listed_hops", "method", "minor",
-        "target", "upgrade",
-    )  # fmt: skip
+        "authority",
+        "expects_continue",
+        "host",
+        "keep_alive",
+        "length",
+        "listed_hops",
+        "method",
+        "minor",
+        "passed",
+        "target",
+        "upgrade",
+    )
 
     method: bytes
     target: bytes  # origin-form or `*`; an absolute-form target was reduced to it
     minor: int  # 1 for HTTP/1.1, 0 for HTTP/1.0
-    headers: Headers  # as received, in order
+    passed: list[bytes]
     authority: bytes  # the Host field as received
     host: str
     length: int
@@ -54,19 +67,34 @@ class RequestHead:
     expects_continue: bool
     listed_hops: frozenset[bytes]  # names that the Connection field declares hop-by-hop, lower case
 
+    @property
+    def fields(self) -> Headers:
+        """The fields that go on, as pairs."""
+        return _pairs(self.passed)
+
 
 class ResponseHead:
     """One response's head. `length` is a byte count, CHUNKED or UNTIL_CLOSE (also: none declared, for HEAD and 304)."""
 
-    __slots__ = ("headers", "keep_alive", "length", "listed_hops", "minor", "reason", "status")
+    __slots__ = ("keep_alive", "length", "listed_hops", "passed", "reason", "server", "status", "upgrade")
 
     status: int
     reason: bytes
-    minor: int
-    headers: Headers
+    passed: list[bytes]  # as RequestHead.passed
+    server: tuple[bytes, bytes] | None  # the Server field, kept apart since ours may replace it
+    upgrade: bytes  # the protocol a 101 switches to
     length: int
     keep_alive: bool
     listed_hops: frozenset[bytes]
+
+    @property
+    def fields(self) -> Headers:
+        """The fields that go on, as pairs."""
+        return _pairs(self.passed)
+
+
+def _pairs(passed: list[bytes]) -> Headers:
+    return list(zip(passed[0::4], passed[2::4], strict=True))
 
 
 class RequestSink(Protocol):
@@ -83,10 +111,10 @@ class ResponseSink(Protocol):
     def on_upgrade_bytes(self, data: bytes) -> None: ...
 
 
-# --- what a field name means for framing, remembered by the spelling received
+# --- what a field name means, remembered by the spelling received
 
-_PLAIN, _HOST, _LENGTH, _ENCODING, _CONNECTION, _UPGRADE, _EXPECT, _REFUSED = range(8)
-_KINDS = {
+_PASSED, _DROPPED, _HOST, _LENGTH, _ENCODING, _CONNECTION, _UPGRADE, _EXPECT, _SERVER, _REFUSED = range(10)
+_FRAMING = {
     b"host": _HOST,
     b"content-length": _LENGTH,
     b"transfer-encoding": _ENCODING,
@@ -95,19 +123,43 @@ _KINDS = {
     b"expect": _EXPECT,
 }
 _SPELLINGS_MAX = 4096
-_kind_of: dict[bytes, int] = {}
 
 
-def _classify(name: bytes) -> int:
-    lower = name.lower()
-    kind = _KINDS.get(lower, _PLAIN)
-    if not name or len(name) > 255:
-        kind = _REFUSED
-    elif b"_" in lower and lower.replace(b"_", b"-") in _KINDS:
-        kind = _REFUSED  # an origin that maps `_` to `-`, as CGI does, would read a second framing field
-    if len(_kind_of) < _SPELLINGS_MAX:
-        _kind_of[name] = kind
-    return kind
+class FieldRules:
+    """What becomes of a field, by its name: framing is this module's to know, what else is dropped the caller's.
+
+    A spelling is judged once and remembered, up to a bound, so that a usual field costs one look-up.
+    """
+
+    __slots__ = ("_drops", "_of_response", "kinds")
+
+    def __init__(self, drops: Callable[[bytes], bool], of_response: bool = False) -> None:
+        """`drops(name)`, given a lower-case name, says whether the field ends here."""
+        self._drops = drops
+        self._of_response = of_response
+        self.kinds: dict[bytes, int] = {}
+
+    def judge(self, name: bytes) -> int:
+        """The kind of a spelling not met before."""
+        lower = name.lower()
+        kind = _FRAMING.get(lower, _PASSED)
+        if self._of_response and kind in (_HOST, _EXPECT):
+            kind = _PASSED
+        if not name or len(name) > 255:
+            kind = _REFUSED
+        elif b"_" in lower and not self._of_response and lower.replace(b"_", b"-") in _FRAMING:
+            kind = _REFUSED  # an origin that maps `_` to `-`, as CGI does, would read a second framing field
+        elif kind == _PASSED and self._drops(lower):
+            kind = _DROPPED
+        elif self._of_response and lower == b"server":
+            kind = _SERVER
+        if len(self.kinds) < _SPELLINGS_MAX:
+            self.kinds[name] = kind
+        return kind
+
+
+PASS_ALL = FieldRules(lambda name: False)
+PASS_ALL_BACK = FieldRules(lambda name: False, of_response=True)
 
 
 _AUTHORITY = re.compile(rb"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*)|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?\Z")
@@ -157,16 +209,35 @@ class RequestReader:
     """
 
     __slots__ = (
-        "_body_seen", "_fields", "_head", "_head_bytes", "_in_head", "_limits", "_overhead", "_parser", "_remaining",
-        "_sink", "_target", "_trailers", "_upgraded",
-    )  # fmt: skip
+        "_add",
+        "_authority",
+        "_body_seen",
+        "_connection",
+        "_expects",
+        "_head",
+        "_head_bytes",
+        "_in_head",
+        "_kinds",
+        "_length",
+        "_limits",
+        "_overhead",
+        "_parser",
+        "_passed",
+        "_remaining",
+        "_rules",
+        "_sink",
+        "_target",
+        "_trailers",
+        "_upgrade",
+        "_upgraded",
+    )
 
-    def __init__(self, sink: RequestSink, limits: Limits) -> None:
+    def __init__(self, sink: RequestSink, limits: Limits, rules: FieldRules = PASS_ALL) -> None:
         self._sink = sink
         self._limits = limits
+        self._rules = rules
+        self._kinds = rules.kinds
         self._parser = httptools.HttpRequestParser(self)
-        self._fields: Headers = []
-        self._target = b""
         self._head: RequestHead | None = None
         self._in_head = True
         self._head_bytes = 0
@@ -175,6 +246,7 @@ class RequestReader:
         self._overhead = 0
         self._trailers: Headers = []
         self._upgraded = False
+        self.on_message_begin()
 
     @property
     def is_between_requests(self) -> bool:
@@ -249,8 +321,14 @@ class RequestReader:
     # --- called by the parser
 
     def on_message_begin(self) -> None:
-        self._fields = []
         self._target = b""
+        self._passed: list[bytes] = []
+        self._add = self._passed.extend
+        self._authority: bytes | None = None
+        self._length = 0
+        self._connection: frozenset[bytes] = _NO_HOPS
+        self._upgrade: bytes | None = None
+        self._expects = False
 
     def on_url(self, piece: bytes) -> None:
         self._target += piece
@@ -258,79 +336,89 @@ class RequestReader:
             raise ProxyError(Code.TARGET_TOO_LONG, Source.DOWNSTREAM, detail="the request target is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:
-            fields = self._fields
-            fields.append((name, value))
-            if len(fields) > self._limits.max_headers:
-                raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="too many header fields")
+        # called for every field: a passed one costs a look-up and one extend
+        kind = self._kinds.get(name)
+        if kind is None:
+            kind = self._rules.judge(name)
+        if not self._in_head:
+            self._on_trailer(name, value)
+        elif kind == _PASSED:
+            self._add((name, b": ", value, b"\r\n"))
+        elif kind != _DROPPED:
+            self._on_special(kind, name, value)
+
+    def _on_trailer(self, name: bytes, value: bytes) -> None:
+        self._trailers.append((name, value))
+        if len(self._trailers) > self._limits.max_headers:
+            raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="too many trailer fields")
+
+    def _on_special(self, kind: int, name: bytes, value: bytes) -> None:
+        if kind == _HOST:
+            if self._authority is not None:
+                raise _bad("two Host fields")
+            self._authority = value
+            self._add((name, b": ", value, b"\r\n"))
+        elif kind == _LENGTH:
+            self._length = int(value)
+        elif kind == _ENCODING:
+            if value.lower() != b"chunked" or self._length == CHUNKED:
+                raise _bad("a Transfer-Encoding other than one `chunked`")
+            self._length = CHUNKED
+        elif kind == _CONNECTION:
+            if value not in _USUAL_CONNECTION:
+                self._connection |= _tokens(value)
+        elif kind == _UPGRADE:
+            self._upgrade = value
+        elif kind == _EXPECT:
+            if value.lower() != b"100-continue":
+                raise ProxyError(Code.EXPECTATION_FAILED, Source.DOWNSTREAM, detail="an Expect we do not know")
+            self._expects = True
+            self._add((name, b": ", value, b"\r\n"))
         else:
-            self._trailers.append((name, value))
-            if len(self._trailers) > self._limits.max_headers:
-                raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="too many trailer fields")
+            raise _bad("a field name that may not pass")
 
     def on_headers_complete(self) -> None:
         parser = self._parser
         head = RequestHead()
         head.method = parser.get_method()
-        head.headers = self._fields
+        head.passed = passed = self._passed
         version = parser.get_http_version()
         if version == "1.1":
             head.minor = 1
         elif version == "1.0":
             head.minor = 0
+            if self._length == CHUNKED:
+                raise _bad("a Transfer-Encoding in HTTP/1.0")
         else:
             raise ProxyError(Code.VERSION_UNSUPPORTED, Source.DOWNSTREAM, detail=f"HTTP/{version}")
-        authority: bytes | None = None
-        upgrade: bytes | None = None
-        head.length = 0
-        head.listed_hops = _NO_HOPS
-        head.expects_continue = False
-        size = len(self._target)
-        kinds = _kind_of
-        for name, value in self._fields:
-            size += len(name) + len(value) + 4
-            kind = kinds.get(name)
-            if kind is None:
-                kind = _classify(name)
-            if kind == _PLAIN:
-                continue
-            if kind == _HOST:
-                if authority is not None:
-                    raise _bad("two Host fields")
-                authority = value
-            elif kind == _LENGTH:
-                head.length = int(value)
-            elif kind == _ENCODING:
-                if value.lower() != b"chunked" or head.minor == 0 or head.length == CHUNKED:
-                    raise _bad("a Transfer-Encoding other than one `chunked` in HTTP/1.1")
-                head.length = CHUNKED
-            elif kind == _CONNECTION:
-                if value not in _USUAL_CONNECTION:
-                    head.listed_hops |= _tokens(value)
-            elif kind == _UPGRADE:
-                upgrade = value
-            elif kind == _EXPECT:
-                if value.lower() != b"100-continue":
-                    raise ProxyError(Code.EXPECTATION_FAILED, Source.DOWNSTREAM, detail="an Expect we do not know")
-                head.expects_continue = head.minor == 1
-            else:
-                raise _bad("a field name that may not pass")
-        if size > self._limits.max_head_bytes:
+        limits = self._limits
+        if len(passed) > 4 * limits.max_headers:
+            raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="too many header fields")
+        # one read may hold several heads: only what is over in sum is summed up
+        if (
+            self._head_bytes > limits.max_head_bytes
+            and sum(map(len, passed)) + len(self._target) > limits.max_head_bytes
+        ):
             raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="the head is larger than allowed")
+        authority = self._authority
         if authority is None:
             raise _bad("no Host field")
         head.authority = authority
-        head.host = normalize_host(authority)
-        head.target = self._target if self._target[:1] == b"/" else _reduce_target(self._target, head)
-        if b"#" in head.target:
+        head.host = _hosts.get(authority) or normalize_host(authority)
+        target = self._target
+        head.target = target = target if target[:1] == b"/" else _reduce_target(target, head)
+        if b"#" in target:
             raise _bad("a fragment in the request target")
+        head.length = self._length
+        head.listed_hops = self._connection
+        head.expects_continue = self._expects and head.minor == 1
         head.keep_alive = parser.should_keep_alive()
         head.upgrade = None
-        if upgrade is not None and parser.should_upgrade():
+        if self._upgrade is not None and parser.should_upgrade():
             if head.length:
                 raise _bad("an upgrade with a body")
-            if upgrade.lower() != b"h2c":
-                head.upgrade = upgrade
+            if self._upgrade.lower() != b"h2c":
+                head.upgrade = self._upgrade
                 self._upgraded = True
         self._head = head
         self._in_head = False
@@ -372,16 +460,34 @@ class ResponseReader:
     """The machine's side of a connection. `expect` before each request says what was asked."""
 
     __slots__ = (
-        "_body_seen", "_fields", "_head", "_head_bytes", "_head_only", "_in_head", "_limits", "_parser", "_reason",
-        "_remaining", "_sink", "_trailers", "_upgraded",
-    )  # fmt: skip
+        "_add",
+        "_body_seen",
+        "_connection",
+        "_head",
+        "_head_bytes",
+        "_head_only",
+        "_in_head",
+        "_kinds",
+        "_length",
+        "_limits",
+        "_parser",
+        "_passed",
+        "_reason",
+        "_remaining",
+        "_rules",
+        "_server",
+        "_trailers",
+        "_upgrade",
+        "_upgraded",
+        "sink",
+    )
 
-    def __init__(self, sink: ResponseSink, limits: Limits) -> None:
-        self._sink = sink
+    def __init__(self, sink: ResponseSink, limits: Limits, rules: FieldRules = PASS_ALL_BACK) -> None:
+        self.sink = sink  # may be replaced between exchanges
         self._limits = limits
+        self._rules = rules
+        self._kinds = rules.kinds
         self._parser = httptools.HttpResponseParser(self)
-        self._fields: Headers = []
-        self._reason = b""
         self._head: ResponseHead | None = None
         self._in_head = True
         self._head_bytes = 0
@@ -390,6 +496,7 @@ class ResponseReader:
         self._body_seen = 0
         self._trailers: Headers = []
         self._upgraded = False
+        self.on_message_begin()
 
     def expect(self, head_only: bool) -> None:
         """A request was sent; `head_only` if it was HEAD, whose answer has no body whatever its fields say."""
@@ -406,18 +513,18 @@ class ResponseReader:
         Raises ProxyError(RESPONSE_INVALID, upstream) for anything that is not one HTTP/1 response after another.
         """
         if self._upgraded:
-            self._sink.on_upgrade_bytes(data)
+            self.sink.on_upgrade_bytes(data)
             return
         if self._remaining:
             size = len(data)
             if size < self._remaining:
                 self._remaining -= size
-                self._sink.on_response_body(data)
+                self.sink.on_response_body(data)
                 return
             if size > self._remaining:
                 raise _invalid("bytes after the end of the response")
             self._remaining = 0
-            self._sink.on_response_body(data)
+            self.sink.on_response_body(data)
             self.on_message_complete()
             return
         if self._in_head:
@@ -429,7 +536,7 @@ class ResponseReader:
             if not self._upgraded:
                 raise _invalid("an upgrade that was not asked for") from None
             if rest:
-                self._sink.on_upgrade_bytes(rest)
+                self.sink.on_upgrade_bytes(rest)
             return
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
@@ -460,45 +567,59 @@ class ResponseReader:
     # --- called by the parser
 
     def on_message_begin(self) -> None:
-        self._fields = []
         self._reason = b""
+        self._passed: list[bytes] = []
+        self._add = self._passed.extend
+        self._length: int | None = None
+        self._connection: frozenset[bytes] = _NO_HOPS
+        self._upgrade = b""
+        self._server: tuple[bytes, bytes] | None = None
 
     def on_status(self, piece: bytes) -> None:
         self._reason += piece
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        fields = self._fields if self._in_head else self._trailers
-        fields.append((name, value))
-        if len(fields) > 4 * self._limits.max_headers:
-            raise _invalid("too many header fields")
+        kind = self._kinds.get(name)
+        if kind is None:
+            kind = self._rules.judge(name)
+        if not self._in_head:
+            self._trailers.append((name, value))
+            if len(self._trailers) > self._limits.max_headers:
+                raise _invalid("too many trailer fields")
+        elif kind == _PASSED:
+            self._add((name, b": ", value, b"\r\n"))
+        elif kind == _LENGTH:
+            self._length = int(value)
+        elif kind != _DROPPED:
+            self._on_special(kind, name, value)
+
+    def _on_special(self, kind: int, name: bytes, value: bytes) -> None:
+        if kind == _SERVER:
+            self._server = (name, value)
+        elif kind == _ENCODING:
+            if value.lower() != b"chunked" or self._length == CHUNKED or self._parser.get_http_version() != "1.1":
+                raise _invalid("a Transfer-Encoding other than one `chunked` in HTTP/1.1")
+            self._length = CHUNKED
+        elif kind == _CONNECTION:
+            if value not in _USUAL_CONNECTION:
+                self._connection |= _tokens(value)
+        elif kind == _UPGRADE:
+            self._upgrade = value
+        else:
+            raise _invalid("a field name that may not pass")
 
     def on_headers_complete(self) -> None:
         parser = self._parser
         head = ResponseHead()
         head.status = status = parser.get_status_code()
         head.reason = self._reason
-        head.headers = self._fields
-        version = parser.get_http_version()
-        if version not in ("1.1", "1.0"):
-            raise _invalid(f"HTTP/{version}")
-        head.minor = 1 if version == "1.1" else 0
-        length: int | None = None
-        head.listed_hops = _NO_HOPS
-        kinds = _kind_of
-        for name, value in self._fields:
-            kind = kinds.get(name)
-            if kind is None:
-                kind = _classify(name)
-            if kind == _PLAIN:
-                continue
-            if kind == _LENGTH:
-                length = int(value)
-            elif kind == _ENCODING:
-                if value.lower() != b"chunked" or head.minor == 0 or length == CHUNKED:
-                    raise _invalid("a Transfer-Encoding other than one `chunked` in HTTP/1.1")
-                length = CHUNKED
-            elif kind == _CONNECTION and value not in _USUAL_CONNECTION:
-                head.listed_hops |= _tokens(value)
+        head.passed = passed = self._passed
+        head.server = self._server
+        head.upgrade = self._upgrade
+        if len(passed) > 4 * self._limits.max_headers:
+            raise _invalid("too many header fields")
+        length = self._length
+        head.listed_hops = self._connection
         if self._head_only or status == 304:
             head.length = length if length is not None and length >= 0 else UNTIL_CLOSE
         elif status < 200 or status == 204:
@@ -513,13 +634,13 @@ class ResponseReader:
         self._head = head
         self._in_head = False
         self._body_seen = 0
-        self._sink.on_response_head(head)
+        self.sink.on_response_head(head)
 
     def on_body(self, data: bytes) -> None:
         if self._head_only:
             raise _invalid("a body after the answer to HEAD")
         self._body_seen += len(data)
-        self._sink.on_response_body(data)
+        self.sink.on_response_body(data)
 
     def on_message_complete(self) -> None:
         if self._in_head:
@@ -532,7 +653,7 @@ class ResponseReader:
         self._head_bytes = 0
         self._head = None
         if head is not None and head.status >= 200:
-            self._sink.on_response_end(trailers)
+            self.sink.on_response_end(trailers)
 
 
 def _invalid(detail: str) -> ProxyError:
