@@ -182,6 +182,8 @@ class HttpConnection(asyncio.Protocol):
         self._out.clear()
         if exchange is not None:
             exchange.on_client_gone()
+        if not self._turn:  # else the parser is on the stack
+            self._reader.close()
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -453,7 +455,7 @@ class HttpConnection(asyncio.Protocol):
             self._gate.resume()
         self._start(queued.head)
         exchange = self._exchange
-        if exchange is None:
+        if exchange is None or exchange.head is not queued.head:
             return
         for piece in queued.body:
             exchange.on_body(piece)

@@ -112,6 +112,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._reader.sink = _NOBODY
         self.reused = True
         if clean and not self.gate.pauses and self.pool.keep(self):
+            self._wheel.arm(self, IDLE_S)
             return
         self.deadline = NEVER
         self.transport.close()
@@ -161,7 +162,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._wheel.drop(self)
         self.pool.count_disconnect()
         user, self._user = self._user, None
-        self._reader.sink = _NOBODY  # and no cycle is left for the collector
+        self._reader.close()
         if user is None:
             self.pool.discard(self)
             return
@@ -233,7 +234,6 @@ class Pool:
         if self._closed or not self._keeps or len(self._idle) >= MAX_IDLE or connection.transport.is_closing():
             return False
         self._idle.append(connection)
-        self.edge.wheel.arm(connection, IDLE_S)
         return True
 
     def discard(self, connection: UpstreamConnection) -> None:

@@ -246,7 +246,14 @@ class RequestReader:
         self._overhead = 0
         self._trailers: Headers = []
         self._upgraded = False
-        self.on_message_begin()
+        self._target = b""
+        self._passed: list[bytes] = []
+        self._add = self._passed.extend
+        self._authority: bytes | None = None
+        self._length = 0
+        self._connection: frozenset[bytes] = _NO_HOPS
+        self._upgrade: bytes | None = None
+        self._expects = False
 
     @property
     def is_between_requests(self) -> bool:
@@ -257,6 +264,11 @@ class RequestReader:
     def awaits_body(self) -> bool:
         """Whether the latest head's body is still to come, in whole or part."""
         return not self._in_head
+
+    def close(self) -> None:
+        """Let go of parser and sink, which refer back: no cycle is left for the collector."""
+        self._parser = None
+        self._sink = None  # type: ignore[assignment]  # nothing is fed any more
 
     def feed(self, data: bytes) -> None:
         """Take what the client sent.
@@ -319,16 +331,6 @@ class RequestReader:
         return rest
 
     # --- called by the parser
-
-    def on_message_begin(self) -> None:
-        self._target = b""
-        self._passed: list[bytes] = []
-        self._add = self._passed.extend
-        self._authority: bytes | None = None
-        self._length = 0
-        self._connection: frozenset[bytes] = _NO_HOPS
-        self._upgrade: bytes | None = None
-        self._expects = False
 
     def on_url(self, piece: bytes) -> None:
         self._target += piece
@@ -424,6 +426,15 @@ class RequestReader:
         self._in_head = False
         self._body_seen = 0
         self._overhead = 0
+        # for the head that comes next
+        self._target = b""
+        self._passed = []
+        self._add = self._passed.extend
+        self._authority = None
+        self._length = 0
+        self._connection = _NO_HOPS
+        self._upgrade = None
+        self._expects = False
         self._sink.on_head(head)
 
     def on_body(self, data: bytes) -> None:
@@ -431,13 +442,14 @@ class RequestReader:
         self._sink.on_body(data)
 
     def on_message_complete(self) -> None:
-        trailers = self._trailers
-        if trailers:
-            self._trailers = []
+        head, self._head = self._head, None
         self._in_head = True
         self._head_bytes = 0
-        self._head = None
-        self._sink.on_end(trailers)
+        if head is not None and head.length:  # a request without a body was whole with its head
+            trailers = self._trailers
+            if trailers:
+                self._trailers = []
+            self._sink.on_end(trailers)
 
 
 def _reduce_target(target: bytes, head: RequestHead) -> bytes:
@@ -496,7 +508,13 @@ class ResponseReader:
         self._body_seen = 0
         self._trailers: Headers = []
         self._upgraded = False
-        self.on_message_begin()
+        self._reason = b""
+        self._passed: list[bytes] = []
+        self._add = self._passed.extend
+        self._length: int | None = None
+        self._connection: frozenset[bytes] = _NO_HOPS
+        self._upgrade = b""
+        self._server: tuple[bytes, bytes] | None = None
 
     def expect(self, head_only: bool) -> None:
         """A request was sent; `head_only` if it was HEAD, whose answer has no body whatever its fields say."""
@@ -506,6 +524,11 @@ class ResponseReader:
     def ends_with_connection(self) -> bool:
         """Whether the body under way is delimited by the end of the connection."""
         return self._head is not None and self._head.length == UNTIL_CLOSE
+
+    def close(self) -> None:
+        """Let go of parser and sink, which refer back: no cycle is left for the collector."""
+        self._parser = None
+        self.sink = None  # type: ignore[assignment]  # nothing is fed any more
 
     def feed(self, data: bytes) -> None:
         """Take what the machine sent.
@@ -566,15 +589,6 @@ class ResponseReader:
 
     # --- called by the parser
 
-    def on_message_begin(self) -> None:
-        self._reason = b""
-        self._passed: list[bytes] = []
-        self._add = self._passed.extend
-        self._length: int | None = None
-        self._connection: frozenset[bytes] = _NO_HOPS
-        self._upgrade = b""
-        self._server: tuple[bytes, bytes] | None = None
-
     def on_status(self, piece: bytes) -> None:
         self._reason += piece
 
@@ -634,6 +648,14 @@ class ResponseReader:
         self._head = head
         self._in_head = False
         self._body_seen = 0
+        # for the head that comes next
+        self._reason = b""
+        self._passed = []
+        self._add = self._passed.extend
+        self._length = None
+        self._connection = _NO_HOPS
+        self._upgrade = b""
+        self._server = None
         self.sink.on_response_head(head)
 
     def on_body(self, data: bytes) -> None:
