@@ -54,7 +54,7 @@ _tasks: set[asyncio.Task[Any]] = set()
 
 
 def spawn(coro: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-    """Start a named task and keep a reference until it ends. Its exception reaches the loop's handler, never silence."""
+    """Start a named task and keep a reference until it ends; its exception reaches the loop's handler."""
     task = asyncio.get_running_loop().create_task(coro, name=name)
     _tasks.add(task)
     task.add_done_callback(_ended)

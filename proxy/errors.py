@@ -78,10 +78,15 @@ class ProxyError(Exception):
     """A request, connection or wake that cannot go on. `detail` is for the log, never for the client's page."""
 
     def __init__(
-        self, code: Code, source: Source = Source.EDGE, retry: Retry = Retry.NEVER, detail: str = "",
+        self,
+        code: Code,
+        source: Source = Source.EDGE,
+        retry: Retry = Retry.NEVER,
+        detail: str = "",
         retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(f"{code.value} {code.name.lower()}: {detail}" if detail else f"{code.value} {code.name.lower()}")
+        name = f"{code.value} {code.name.lower()}"
+        super().__init__(f"{name}: {detail}" if detail else name)
         self.code = code
         self.source = source
         self.retry = retry

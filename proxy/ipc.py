@@ -162,7 +162,7 @@ def encode(message: Message) -> bytes:
     """
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME_BYTES:
-        raise ValueError(f"{type(message).__name__} of {len(body)} bytes is over the {MAX_FRAME_BYTES} a frame may have")
+        raise ValueError(f"{type(message).__name__} of {len(body)} bytes: a frame may have {MAX_FRAME_BYTES}")
     return _LENGTH.pack(len(body)) + body
 
 
