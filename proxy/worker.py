@@ -288,6 +288,7 @@ class Link(asyncio.Protocol):
         self._run_dir = run_dir
         self._transport: asyncio.Transport | None = None
         self._reader = FrameReader()
+        self._heard = False  # control has spoken: until then the connection may only wait in the listener's queue
         self._lost = asyncio.Event()
 
     def start(self) -> None:
@@ -296,7 +297,12 @@ class Link(asyncio.Protocol):
     def send(self, message: Message) -> bool:
         """Whether it left; what did not is asked again when the link is back."""
         transport = self._transport
-        if transport is None or transport.is_closing() or transport.get_write_buffer_size() > LINK_BUFFER_MAX:
+        if (
+            transport is None
+            or not self._heard
+            or transport.is_closing()
+            or transport.get_write_buffer_size() > LINK_BUFFER_MAX
+        ):
             return False
         transport.write(encode(message))
         return True
@@ -327,10 +333,13 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport, but has its methods
         self._reader = FrameReader()
-        self.send(self._worker.hello())
-        self._worker.on_linked()
+        self._heard = False
+        transport.write(encode(self._worker.hello()))  # type: ignore[attr-defined]  # as above
 
     def data_received(self, data: bytes) -> None:
+        if not self._heard:
+            self._heard = True
+            self._worker.on_linked()
         try:
             for body in self._reader.feed(data):
                 self._worker.on_message(decode_to_worker(body))
