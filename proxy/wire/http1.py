@@ -267,8 +267,8 @@ class RequestReader:
 
     def close(self) -> None:
         """Let go of parser and sink, which refer back: no cycle is left for the collector."""
-        self._parser = None
-        self._sink = None  # type: ignore[assignment]  # nothing is fed any more
+        self._parser = None  # type: ignore[assignment]  # nothing is fed any more
+        self._sink = None  # type: ignore[assignment]
 
     def feed(self, data: bytes) -> None:
         """Take what the client sent.
@@ -527,8 +527,8 @@ class ResponseReader:
 
     def close(self) -> None:
         """Let go of parser and sink, which refer back: no cycle is left for the collector."""
-        self._parser = None
-        self.sink = None  # type: ignore[assignment]  # nothing is fed any more
+        self._parser = None  # type: ignore[assignment]  # nothing is fed any more
+        self.sink = None  # type: ignore[assignment]
 
     def feed(self, data: bytes) -> None:
         """Take what the machine sent.
