@@ -5,7 +5,6 @@ A failed request is allowed on a connection of a killed worker, and nowhere else
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -14,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.apps import make_app, starts
-from tests.support.load import Load, client_ports_of
+from tests.support.faults import kill_worker, no_control
+from tests.support.load import Load
 from tests.support.processes import state_of, wait_for
 from tests.support.serve import ServedNode
 
@@ -29,33 +29,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedNode]:
         yield one
 
 
-def kill_worker(node: ServedNode, slot: int) -> tuple[int, set[int]]:
-    """Kill -9; its pid, and the client ports of exactly those connections that it had."""
-    pid = node.pid_of("worker", slot)
-    os.kill(pid, signal.SIGSTOP)  # so that it accepts nothing more between the look and the end
-    wait_for(lambda: state_of(pid) == "T", 5, "the worker stands still")
-    ports = client_ports_of(pid, {node.http_port, node.https_port})
-    os.kill(pid, signal.SIGKILL)
-    return pid, ports
-
-
 def assert_only(load: Load, ports: set[int]) -> None:
     others = [str(one) for one in load.failures if one.port not in ports]
     assert others == [], load.told()
-
-
-@contextlib.contextmanager
-def control_that_cannot_start(node: ServedNode) -> Iterator[None]:
-    """Its database becomes a folder: control needs it, workers do not."""
-    database = node.data_dir / "wakefront.db"
-    aside = database.with_name("aside.db")
-    database.rename(aside)
-    database.mkdir()
-    try:
-        yield
-    finally:
-        database.rmdir()
-        aside.rename(database)
 
 
 def test_killing_control_fails_no_request(node: ServedNode) -> None:
@@ -90,9 +66,7 @@ def test_a_worker_killed_while_control_cannot_start_has_a_successor_that_serves(
     node.get("web")
     with Load(node, "web") as load:
         load.run_for(0.3)
-        with control_that_cannot_start(node):
-            os.kill(node.pid_of("control"), signal.SIGKILL)
-            wait_for(lambda: node.log().count("IsADirectoryError") >= 1, 10, "control fails to start")
+        with no_control(node):
             old, ports = kill_worker(node, 1)
             successor = node.wait_replaced("worker", 1, old)
             wait_for(lambda: load.ports_of(successor), 10, "the successor serves connections")
@@ -101,7 +75,6 @@ def test_a_worker_killed_while_control_cannot_start_has_a_successor_that_serves(
             assert control is None or not control["ready"]
             status, headers, _ = node.get("late", timeout=30.0)
             assert (status, headers["wakefront-error"]) == (503, "WM03"), "nothing can be woken meanwhile"
-        wait_for(lambda: (one := node.child("control")) and one["ready"], 15, "control is back")
         load.run_for(0.5)
     assert_only(load, ports)
     assert node.get("late")[0] == 200
