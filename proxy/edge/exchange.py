@@ -12,6 +12,7 @@ made (`on_connected`), a machine being woken (`_on_woken`).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from proxy.clock import monotonic_ns, unix
@@ -226,7 +227,15 @@ class Exchange:
         if error is not None:
             self.refuse(error)
         else:
-            self.run()  # by the newest records: they may have been replaced while we waited
+            self._go_on(self.run)  # by the newest records: they may have been replaced while we waited
+
+    def _go_on(self, step: Callable[[], None]) -> None:
+        """Take a step that nobody's connection is on the stack of: a fault in it must end this client's wait too."""
+        try:
+            step()
+        except Exception as error:
+            self.edge.loop.call_exception_handler({"message": "an exchange failed", "exception": error})
+            self.on_request_broken(ProxyError(Code.INTERNAL, detail=repr(error)))
 
     def _attempt(self, machine: MachineView) -> None:
         app, port = self.app, self.port
@@ -250,7 +259,7 @@ class Exchange:
         if self.ended:
             connection.release(clean=True)
             return
-        self._send(connection)
+        self._go_on(lambda: self._send(connection))
 
     def on_connect_failed(self, error: ProxyError) -> None:
         self.connecting = None
