@@ -267,6 +267,8 @@ class TlsConnection(asyncio.Protocol):
         transport = TlsTransport(acceptor, self._outer, tls, self._incoming, self._outgoing, hello)
         inner = acceptor.inner_factory(transport, hello)
         self._outer.set_protocol(transport)
+        # A wheel may keep the cancelled timer, and so this object, for the whole timeout: it must weigh nothing.
+        del self._object, self._incoming, self._outgoing, self._outer
         transport.start(inner, bytes(rest))
 
     def _on_timeout(self) -> None:
@@ -352,7 +354,9 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         "_hello",
         "_incoming",
         "_inner",
+        "_inner_paused",
         "_left_at_tick",
+        "_must_stop",
         "_object",
         "_outer",
         "_outer_write",
@@ -396,10 +400,12 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._reading_paused = False
         self._resume_scheduled = False
         self._writing_paused = False
+        self._inner_paused = False
         self._waits_for_writing = False
         self._peer_ended = False  # close_notify came
         self._said_goodbye = False  # close_notify went
         self._closing = False
+        self._must_stop = False  # any of: reading paused, waits for writing, closing
         self._timer: TimerHandle | None = None
         self._left_at_tick = 0
         self._stalled_s = 0.0
@@ -421,7 +427,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         incoming = self._incoming
-        if len(data) > _PIECE_IN or self._reading_paused or self._held is not None or self._closing or self._peer_ended:
+        if len(data) > _PIECE_IN or self._held is not None or self._must_stop or self._peer_ended:
             self._receive_in_pieces(data)
             return
         incoming.write(data)
@@ -436,7 +442,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
     def _pass_on(self) -> None:
         """Decrypt and deliver what is in the BIO, until it is empty, the inner protocol pauses, or the end."""
         incoming = self._incoming
-        while incoming.pending and not self._reading_paused and not self._closing:
+        while incoming.pending and not self._must_stop:
             try:
                 data = self._decrypt(_RECORD)
             except ssl.SSLWantReadError:
@@ -463,7 +469,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             self._held = None
         self._corked = True
         try:
-            while not self._reading_paused and not self._closing and not self._peer_ended:
+            while not self._must_stop and not self._peer_ended:
                 if self._incoming.pending:
                     self._pass_on()
                 elif view:
@@ -501,26 +507,36 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._closing = True
+        self._closing = self._must_stop = True
         self._held = None
         self._unsent = b""
         if self._timer is not None:
             self._timer.cancel()
-        inner = self._inner
+        inner, self._inner = self._inner, _GONE  # no cycle is left for the collector
         self._deliver = _discard
         inner.connection_lost(self._error or exc)
 
     def pause_writing(self) -> None:
         self._writing_paused = True
-        self._inner.pause_writing()
+        self._tell_inner()
 
     def resume_writing(self) -> None:
         self._writing_paused = False
         if self._waits_for_writing:
             self._waits_for_writing = False
+            self._must_stop = self._reading_paused or self._closing
             self._continue_reading()
-        if not self._unsent:
-            self._inner.resume_writing()
+        self._tell_inner()
+
+    def _tell_inner(self) -> None:
+        """There are two reasons to stop writing, and the inner protocol hears of each change once."""
+        is_paused = self._writing_paused or bool(self._unsent)
+        if is_paused != self._inner_paused:
+            self._inner_paused = is_paused
+            if is_paused:
+                self._inner.pause_writing()
+            else:
+                self._inner.resume_writing()
 
     # the inner protocol's transport
 
@@ -556,12 +572,17 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         except ssl.SSLError as error:
             self._on_write_error(error, view[at:])
         self._outer.writelines(records)
+        if self._corked:
+            self._heed_outer()
 
     def _flush(self) -> None:
         """Write what OpenSSL has made. Above the outer buffer's mark, hear no more of a peer that makes us answer."""
         self._outer_write(self._outgoing.read())
+        self._heed_outer()
+
+    def _heed_outer(self) -> None:
         if self._writing_paused and not self._waits_for_writing and not self._closing:
-            self._waits_for_writing = True
+            self._waits_for_writing = self._must_stop = True
             if not self._reading_paused:
                 self._outer.pause_reading()
 
@@ -571,28 +592,27 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             return
         # OpenSSL is within a message of the peer's (a key update in two records): it writes again when it has the rest.
         self._unsent = bytes(data)
-        if not self._writing_paused:
-            self._inner.pause_writing()
+        self._tell_inner()
 
     def _send_unsent(self) -> None:
         data, self._unsent = self._unsent, b""
         self.write(data)
-        if not self._unsent and not self._writing_paused:
-            self._inner.resume_writing()
+        self._tell_inner()
 
     def pause_reading(self) -> None:
         if not self._reading_paused and not self._closing:
-            self._reading_paused = True
+            self._reading_paused = self._must_stop = True
             if not self._waits_for_writing:
                 self._outer.pause_reading()
 
     def resume_reading(self) -> None:
         if self._reading_paused and not self._closing:
             self._reading_paused = False
+            self._must_stop = self._waits_for_writing or self._closing
             self._continue_reading()
 
     def _continue_reading(self) -> None:
-        if self._reading_paused or self._waits_for_writing or self._closing:
+        if self._must_stop:
             return
         if self._corked or (self._held is None and not self._incoming.pending):
             self._outer.resume_reading()  # corked: the caller's loop goes on with what is held
@@ -603,10 +623,10 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def _deliver_held(self) -> None:
         self._resume_scheduled = False
-        if self._reading_paused or self._waits_for_writing or self._closing:
+        if self._must_stop:
             return
         self._receive_in_pieces(b"")
-        if not self._reading_paused and not self._waits_for_writing and not self._closing:
+        if not self._must_stop:
             self._outer.resume_reading()
 
     def is_reading(self) -> bool:
@@ -637,7 +657,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             pass  # it wants the peer's close_notify, for which we do not wait; ours is in the BIO
 
     def _begin_close(self) -> None:
-        self._closing = True
+        self._closing = self._must_stop = True
         self._held = None
         self._unsent = b""
         if self._outgoing.pending:
@@ -669,7 +689,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             self._watch_closing()
 
     def abort(self) -> None:
-        self._closing = True
+        self._closing = self._must_stop = True
         self._held = None
         self._outer.abort()
 
@@ -704,3 +724,6 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
 def _discard(data: bytes) -> None:
     """What arrives after the end."""
+
+
+_GONE = asyncio.Protocol()

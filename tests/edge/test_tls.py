@@ -478,6 +478,48 @@ async def test_pause_and_resume_within_one_delivery_do_not_reenter(tmp_path: Pat
         await writer.wait_closed()
 
 
+async def test_a_peer_that_makes_us_answer_and_does_not_read_is_not_heard_any_more(tmp_path: Path) -> None:
+    """Even where the inner protocol ignores back-pressure: nothing is decrypted above the outer buffer's mark."""
+
+    class Deaf(Echo):
+        def data_received(self, data: bytes) -> None:
+            self.received += 1
+            self.transport.write(b"x" * 20_000)
+            self.most_buffered = max(self.most_buffered, self.transport.get_write_buffer_size())
+
+        def pause_writing(self) -> None:
+            self.writing_paused = True
+
+        def resume_writing(self) -> None:
+            self.writing_paused = False
+
+    async with serve(tmp_path, Deaf) as server:
+        reader, writer, (client, incoming, outgoing) = await handshake_by_hand(server)
+        requests = 2_000
+        for _ in range(requests):
+            client.write(b"r")
+        writer.transport.pause_reading()
+        writer.write(outgoing.read())
+        while not (server.inners and server.inners[0].writing_paused):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        inner = server.inners[0]
+        assert inner.received < requests
+        assert inner.most_buffered < 150_000
+        writer.transport.resume_reading()
+        got = 0
+        while got < requests * 20_000:
+            incoming.write(await asyncio.wait_for(reader.read(262_144), 5))
+            try:
+                while True:
+                    got += len(client.read(65_536))
+            except ssl.SSLWantReadError:
+                pass
+        assert inner.received == requests
+        assert inner.most_buffered < 150_000
+        writer.close()
+
+
 async def test_openssl_key_updates_are_answered(tmp_path: Path) -> None:
     """`K` makes s_client update its key and ask for ours."""
     async with serve(tmp_path) as server:

@@ -164,8 +164,10 @@ async def serve(
     finally:
         listening.close()
         for connection in connections:
-            connection._outer.abort()
+            if hasattr(connection, "_outer"):  # else handed over
+                connection._outer.abort()
         for one in server.inners:
+            one.transport.abort()
             await one.lost
         await asyncio.sleep(0.02)  # the loop closes the handles of what was aborted
         pack.close()
