@@ -140,14 +140,21 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             self._reader.feed(data)
         except ProxyError as error:
-            if self._user is not None:
-                self.abort()
-                user.on_upstream_failed(error)
-            else:
-                self.pool.discard(self)
-                self.transport.abort()
+            self._on_invalid(user, error)
             return
         user.on_upstream_read()
+
+    def _on_invalid(self, reader: UpstreamUser, error: ProxyError) -> None:
+        """What was read is no answer. `reader` is whom it was for; another may have the connection by now."""
+        user = self._user
+        if user is None:
+            self.pool.discard(self)
+            self.transport.abort()
+            return
+        self.abort()
+        if user is not reader:
+            error = ProxyError(Code.REQUEST_UNFINISHED, Source.UPSTREAM, Retry.REUSED_CONNECTION, error.detail)
+        user.on_upstream_failed(error)
 
     def eof_received(self) -> bool:
         user = self._user

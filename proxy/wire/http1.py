@@ -475,6 +475,7 @@ class ResponseReader:
         "_add",
         "_body_seen",
         "_connection",
+        "_ended",
         "_head",
         "_head_bytes",
         "_head_only",
@@ -506,6 +507,7 @@ class ResponseReader:
         self._head_only = False
         self._remaining = 0
         self._body_seen = 0
+        self._ended = False  # a final answer was whole within the read under way
         self._trailers: Headers = []
         self._upgraded = False
         self._reason = b""
@@ -552,6 +554,7 @@ class ResponseReader:
             return
         if self._in_head:
             self._head_bytes += len(data)
+        self._ended = False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as switch:
@@ -588,6 +591,10 @@ class ResponseReader:
         return False
 
     # --- called by the parser
+
+    def on_message_begin(self) -> None:
+        if self._ended:  # no answer can come in the read that ended the one before: its request had not been sent
+            raise _invalid("bytes after the end of the response")
 
     def on_status(self, piece: bytes) -> None:
         self._reason += piece
@@ -675,6 +682,7 @@ class ResponseReader:
         self._head_bytes = 0
         self._head = None
         if head is not None and head.status >= 200:
+            self._ended = True
             self.sink.on_response_end(trailers)
 
 

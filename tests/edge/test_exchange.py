@@ -431,3 +431,25 @@ async def test_draining_ends_keep_alive_after_the_answer_under_way(edge: EdgeHar
     go.set()
     answer = await asyncio.wait_for(reader.read(), 5)
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and b"connection: close\r\n" in answer
+
+
+@pytest.mark.parametrize(
+    "more", [b"HTTP/1.1 200 OK\r\n\r\nevil", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", b"HTT", b"x"]
+)
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+async def test_bytes_after_an_answer_are_never_taken_for_the_next_ones(
+    edge: EdgeHarness, more: bytes, method: bytes
+) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(OK + more)
+        await reader.read()
+
+    origin = await edge.origin(handle)
+    edge.set_app(edge.app(edge.machine(origin.port)))
+    request = GET.replace(b"GET", method).replace(b"\r\n\r\n", b"\r\nContent-Length: 0\r\n\r\n")
+    for data in (request * 3, request, request):
+        answer = await edge.request(data)
+        assert b"evil" not in answer and answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert answer.count(b"HTTP/1.1 ") == data.count(method) == answer.count(b"fly-request-id: ")
+    assert edge.memory.in_flight(1) == 0
