@@ -55,16 +55,19 @@ def json_line(record: Record) -> bytes:
 
 
 def _printable(text: str) -> str:
-    return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
+    """As it can stand within quotes on one line; `-` for nothing."""
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        return text or "-"
+    return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
 
 
 def text_line(record: Record) -> bytes:
     """Combined-log-like: client, time, request line, status, bytes, duration, app and machine, request id, code."""
     when = datetime.fromtimestamp(record.time, UTC).strftime("%d/%b/%Y:%H:%M:%S +0000")
     return (
-        f'{record.client} [{when}] "{record.method} {_printable(record.target)}" {record.host} {record.status}'
-        f" {record.bytes_out} {record.duration_ms:.3f}ms {record.app or '-'}/{record.machine or '-'}"
-        f" {record.request_id} {record.code or '-'}\n"
+        f'{record.client or "-"} [{when}] "{record.method or "-"} {_printable(record.target)}" {record.host or "-"}'
+        f" {record.status} {record.bytes_out} {record.duration_ms:.3f}ms {record.app or '-'}/{record.machine or '-'}"
+        f" {record.request_id or '-'} {record.code or '-'}\n"
     ).encode()
 
 

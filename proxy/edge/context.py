@@ -14,7 +14,7 @@ from proxy.edge.access_log import AccessLog, Record
 from proxy.edge.table import Table
 from proxy.edge.timers import Wheel
 from proxy.edge.waker import Waker
-from proxy.errors import ProxyError, http_status
+from proxy.errors import Code, ProxyError, http_status
 from proxy.ipc import Message, Settings
 from proxy.state import (
     A_BYTES_IN,
@@ -139,6 +139,17 @@ class EdgeContext:
                 Record(
                     unix(), "", client_ip, "", "", "", http_status(error.code), 0.0, 0, 0, "", public_port, is_tls,
                     code=error.code.value, detail=error.detail,
+                )
+            )  # fmt: skip
+
+    def log_failed_tls(self, client_ip: str, public_port: int, name: str | None, code: Code, detail: str) -> None:
+        """The record of a connection that failed before, or beneath, its requests. Its status is 0: none was sent."""
+        if self.log.is_on:
+            app = self.table.hosts.get(name or "")
+            self.log.write(
+                Record(
+                    unix(), app.record.name if app is not None else "", client_ip, "", name or "", "", 0, 0.0, 0, 0, "",
+                    public_port, True, code=code.value, detail=detail,
                 )
             )  # fmt: skip
 

@@ -29,7 +29,7 @@ from proxy.edge.table import PortView
 from proxy.edge.timers import NEVER
 from proxy.errors import Code, ProxyError, http_status
 from proxy.model import AppName
-from proxy.state import W_CONNECTIONS
+from proxy.state import A_CONNECTS, A_DISCONNECTS, W_CONNECTIONS
 from proxy.wire.http1 import Headers, RequestHead, RequestReader, ResponseHead
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class HttpConnection(asyncio.Protocol):
     """One client connection. Satisfies `exchange.Stream` and `wire.http1.RequestSink`."""
 
     __slots__ = (
-        "_broken", "_edge", "_eof", "_exchange", "_gate", "_held_upgrade", "_identities", "_lingered", "_listener",
-        "_local_ip",
+        "_app_cells", "_broken", "_edge", "_eof", "_exchange", "_gate", "_held_upgrade", "_identities", "_lingered",
+        "_listener", "_local_ip",
         "_out", "_phase", "_queue", "_queue_paused", "_reader", "_transport", "_tunnel", "_turn", "_write_paused",
         "client_ip", "deadline", "is_tls", "public_port", "sni_app", "wheel_tick",
     )  # fmt: skip
@@ -116,6 +116,7 @@ class HttpConnection(asyncio.Protocol):
         self._phase = Phase.IDLE
         self._write_paused = False
         self._lingered = 0
+        self._app_cells = -1  # counters of the app whose request came first
         self._turn = False  # inside data_received: a finished exchange need not look for the next
         self.deadline = NEVER
         self.wheel_tick = 0
@@ -128,8 +129,8 @@ class HttpConnection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
         peer = self._transport.get_extra_info("peername")
         local = self._transport.get_extra_info("sockname")
-        self.client_ip = _plain_ip(peer)
-        self._local_ip = _plain_ip(local)
+        self.client_ip = plain_ip(peer)
+        self._local_ip = plain_ip(local)
         self._edge.count(W_CONNECTIONS)
         self._listener.connections.add(self)
         self._edge.wheel.arm(self, self._edge.settings.head_timeout_s)
@@ -175,6 +176,8 @@ class HttpConnection(asyncio.Protocol):
         self._phase = Phase.CLOSED
         self._edge.wheel.drop(self)
         self._edge.count(W_CONNECTIONS, -1)
+        if self._app_cells >= 0:
+            self._edge.cells[self._app_cells + A_DISCONNECTS] += 1
         self._listener.connections.discard(self)
         self._listener.on_closed()
         exchange, self._exchange = self._exchange, None
@@ -227,6 +230,9 @@ class HttpConnection(asyncio.Protocol):
         if head.length:
             self._set_deadline()
         exchange.run()
+        if self._app_cells < 0 and exchange.app is not None:
+            self._app_cells = exchange.app.cells
+            self._edge.cells[self._app_cells + A_CONNECTS] += 1
 
     def on_body(self, data: bytes) -> None:
         if self._queue:
@@ -525,7 +531,7 @@ class HttpConnection(asyncio.Protocol):
             self._transport.close()
 
 
-def _plain_ip(address: object) -> str:
+def plain_ip(address: object) -> str:
     ip = str(address[0]) if isinstance(address, tuple) and address else ""
     return ip.removeprefix("::ffff:") if "." in ip else ip
 

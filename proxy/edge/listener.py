@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.clock import unix
 from proxy.decide.wake import choose_to_wake
-from proxy.edge.downstream import HttpConnection
+from proxy.edge.downstream import HttpConnection, plain_ip
 from proxy.edge.tls import CertificateSource, TlsAcceptor, TlsConnection, TlsTransport
 from proxy.errors import Code, ProxyError
 from proxy.model import WakeOn
@@ -168,8 +168,9 @@ class Listener:
         if resumed:
             edge.count(W_TLS_RESUMED)
 
-    def on_error(self, code: Code, server_name: str | None, detail: str) -> None:
+    def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         self._edge.count(W_TLS_ERRORS)
+        self._edge.log_failed_tls(plain_ip(peer), self.public_port, server_name, code, detail)
 
 
 class _CountedTls(TlsConnection):

@@ -86,7 +86,8 @@ class TlsEvents(Protocol):
 
     def on_handshake(self, version: str, resumed: bool, seconds: float) -> None: ...
 
-    def on_error(self, code: Code, server_name: str | None, detail: str) -> None: ...
+    def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
+        """A handshake or connection failed. `peer` is the transport's peername."""
 
 
 OnHello = Callable[[ClientHello, Any], None]
@@ -298,7 +299,7 @@ class TlsConnection(asyncio.Protocol):
 
     def _count(self, code: Code, detail: str) -> None:
         name = self._hello.server_name if self._hello is not None else None
-        self._acceptor.events.on_error(code, name, detail)
+        self._acceptor.events.on_error(code, name, detail, self._outer.get_extra_info("peername"))
 
     def _leave_source(self) -> None:
         if self._state is _State.CERTIFICATE and self._hello is not None:
@@ -495,7 +496,8 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         """A record that does not authenticate, an alert from the peer: OpenSSL's own alert, then the end."""
         self._error = error
         self._said_goodbye = True
-        self._acceptor.events.on_error(Code.TLS_IO, self._hello.server_name, error.reason or str(error))
+        peer = self._outer.get_extra_info("peername")
+        self._acceptor.events.on_error(Code.TLS_IO, self._hello.server_name, error.reason or str(error), peer)
         self._begin_close()
 
     def eof_received(self) -> bool:

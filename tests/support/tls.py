@@ -33,7 +33,7 @@ class Events:
     def on_handshake(self, version: str, resumed: bool, seconds: float) -> None:
         self.handshakes.append((version, resumed, seconds))
 
-    def on_error(self, code: Code, server_name: str | None, detail: str) -> None:
+    def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         self.errors.append((code, server_name, detail))
         self.error_came.set()
 

@@ -38,7 +38,7 @@ class NoEvents:
     def on_handshake(self, version: str, resumed: bool, seconds: float) -> None:
         pass
 
-    def on_error(self, code: Code, server_name: str | None, detail: str) -> None:
+    def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         pass
 
 
