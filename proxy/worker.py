@@ -26,6 +26,7 @@ from proxy.clock import monotonic, monotonic_ns, spawn
 from proxy.edge.certificates import Certificates
 from proxy.edge.context import EdgeContext
 from proxy.edge.listener import Gate, Listener
+from proxy.errors import ProxyError
 from proxy.ipc import (
     PROTOCOL,
     AppGone,
@@ -261,7 +262,14 @@ class Worker:
     def on_linked(self) -> None:
         """The link is up (again): ask for what is still waited for."""
         self.edge.waker.on_connected()
+        self._refresh_certificates()  # what was announced while the link was down
         self._certificates.ask_again()
+
+    def _refresh_certificates(self) -> None:
+        try:
+            self._certificates.refresh()
+        except ProxyError as error:
+            log.error("certificates known before stay in use: %s", error)
 
     _HANDLERS: dict[type, Callable[..., None]] = {
         Settings: _on_settings,

@@ -363,8 +363,8 @@ class Exchange:
             self.stream.send_interim(head)
 
     def _switch(self, head: ResponseHead) -> None:
-        connection, port, app = self.upstream, self.port, self.app
-        assert connection is not None and port is not None and app is not None
+        connection, port = self.upstream, self.port
+        assert connection is not None and port is not None
         if self.head.upgrade is None:
             self._on_failure(
                 ProxyError(Code.UPGRADE_REFUSED, Source.UPSTREAM, detail="101 to a request without Upgrade")
@@ -375,7 +375,7 @@ class Exchange:
         self.status = 101
         connection.disarm()
         self.stream.send_switch(head, port, self.request_id)
-        self.tunnel = Tunnel(self, connection, app.record.limits.idle_timeout_s)
+        self.tunnel = Tunnel(self, connection, port.idle_s)
         self.stream.open_tunnel(self.tunnel)
 
     def on_upgrade_bytes(self, data: bytes) -> None:
@@ -408,9 +408,9 @@ class Exchange:
         if self.ended:
             return
         self.stream.flush()
-        connection, app = self.upstream, self.app
-        if connection is not None and app is not None and self.tunnel is None and not self.upstream_held:
-            connection.arm(app.record.limits.idle_timeout_s)
+        connection, port = self.upstream, self.port
+        if connection is not None and port is not None and self.tunnel is None and not self.upstream_held:
+            connection.arm(port.idle_s)
 
     def on_upstream_eof(self) -> bool:
         """The machine sends no more. True keeps our side to it open (a half-closed tunnel)."""
@@ -444,8 +444,8 @@ class Exchange:
         if self.upstream is not None and self.upstream_held:
             self.upstream_held = False
             self.upstream.gate.resume()
-            if self.app is not None and self.response is not None:
-                self.upstream.arm(self.app.record.limits.idle_timeout_s)
+            if self.port is not None and self.response is not None and self.tunnel is None:
+                self.upstream.arm(self.port.idle_s)
 
     # --- endings
 

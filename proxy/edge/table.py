@@ -62,10 +62,11 @@ class ServiceView:
 class PortView:
     """One public port of an app: where its requests go and what is done to them."""
 
-    __slots__ = ("force_https", "http", "record", "rules", "service", "tls")
+    __slots__ = ("force_https", "http", "idle_s", "record", "rules", "service", "tls")
 
-    def __init__(self, record: Port, service: ServiceView) -> None:
+    def __init__(self, record: Port, service: ServiceView, idle_s: float) -> None:
         self.record = record
+        self.idle_s = record.idle_timeout_s or idle_s
         self.service = service
         self.http = "http" in record.handlers
         self.tls = "tls" in record.handlers
@@ -91,7 +92,7 @@ class AppView:
             for port in service.record.ports:
                 for public in public_ports:
                     if port.start <= public <= port.end and public not in self.ports:
-                        self.ports[public] = PortView(port, service)
+                        self.ports[public] = PortView(port, service, record.limits.idle_timeout_s)
 
     def refresh(self) -> None:
         for service in self.services:

@@ -63,12 +63,12 @@ _SERVICE: Final = {
 }
 _TLS_OPTIONS: Final = {
     "tls_options.alpn": _HTTP2,
-    "tls_options.versions": USED,
+    "tls_options.versions": "TLS 1.2 and 1.3 are offered on every port",
     "tls_options.default_self_signed": "a certificate from the internal CA is shown instead",
 }
 _HTTP_OPTIONS: Final = {
     "http_options.idle_timeout": USED,
-    "http_options.headers_read_timeout": USED,
+    "http_options.headers_read_timeout": "[limits] head_timeout holds for every port",
     "http_options.h2_backend": _HTTP2,
     "http_options.compress": "answers are passed on as the app encodes them",
     "http_options.response.pristine": USED,

@@ -453,3 +453,17 @@ async def test_bytes_after_an_answer_are_never_taken_for_the_next_ones(
         assert b"evil" not in answer and answer.startswith(b"HTTP/1.1 200 OK\r\n")
         assert answer.count(b"HTTP/1.1 ") == data.count(method) == answer.count(b"fly-request-id: ")
     assert edge.memory.in_flight(1) == 0
+
+
+async def test_a_ports_idle_timeout_ends_an_answer_that_stalls(edge: EdgeHarness) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nsome")
+        await reader.read()
+
+    origin = await edge.origin(handle)
+    edge.set_app(edge.app(edge.machine(origin.port), idle_timeout_s=0.2))
+    reader, writer = await edge.connect()
+    writer.write(GET)
+    answer = await asyncio.wait_for(reader.read(), 5)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and answer.endswith(b"\r\n\r\nsome")
