@@ -134,6 +134,7 @@ class Apps:
         found = await asyncio.to_thread(self._find)
         self._machine_slots = {row.slot for row in rows.values()}
         self._ports = {port for row in rows.values() for port in row.ports.values()}
+        self._ports.add(plan.admin_port)  # not bound yet
         for place, app in enumerate(plan.apps):
             entry = Entry(app, self._app_slot(app.name))
             self._entries[app.name] = entry

@@ -139,7 +139,10 @@ class Hub:
         return True
 
     def lift(self, machine: Owned) -> None:
-        if self._cordons.pop(machine.id, None) is not None:
+        """Workers may send to it again; who still waits for acknowledgements waits no longer."""
+        if (cordon := self._cordons.pop(machine.id, None)) is not None:
+            if not cordon.done.done():
+                cordon.done.set_result(None)
             self._broadcast(ipc.encode(ipc.CordonLift(machine.app.name, machine.id)))
 
     def _judge(self, cordon: _Cordon) -> None:

@@ -266,6 +266,7 @@ class Fleet:
             return _done(WakeResult(0, Code.MACHINE_GONE, f"there is no machine {machine_id} here"))
         if machine.handshake is not None and not machine.handshake.done():
             machine.handshake.set_result(None)
+            self._cordons.lift(machine)  # before the answer: who asked chooses again as soon as it has it
         if machine.flight is not None:
             return machine.flight.result
         if machine.state is MachineState.STARTED and machine.ending is None:

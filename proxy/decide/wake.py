@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from proxy.model import Machine, MachineId, MachineState
 
-# Nearest to answering first: one that is starting already, then a frozen one, then a cold one.
+# Nearest to answering first: one that runs or is starting already, then a frozen one, then a cold one. One that runs
+# and could not be chosen is about to be stopped for idleness: asking for it keeps it running.
 _RANK = {
+    MachineState.STARTED: 0,
     MachineState.STARTING: 0,
     MachineState.SUSPENDED: 1,
     MachineState.SUSPENDING: 2,

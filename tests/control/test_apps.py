@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
+
+import pytest
 
 from proxy import ipc
 from proxy.clock import spawn
@@ -12,6 +15,7 @@ from proxy.control.plan import GroupPlan, MountPlan, StaticMachine, keep_plan, k
 from proxy.control.specs import digest_of, machine_id, make_spec, with_version
 from proxy.errors import Code
 from proxy.machines.driver import Exit
+from proxy.machines.ports import choose_port
 from proxy.model import AppName, Autostop, Endpoint, MachineId, MachineState
 from tests.control.rig import Rig, a_plan, a_service, an_app
 from tests.support.clock import settle
@@ -316,3 +320,17 @@ async def test_the_snapshot_is_what_a_worker_would_get(rig: Rig) -> None:
     assert apps[AppName("a")].machines == (machine.record(),)
     assert messages[-1] == ipc.TableEnd()
     keeper.cancel()
+
+
+async def test_no_machine_gets_the_port_of_the_admin_api_which_listens_later(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+
+    def choose(taken: set[int], rng: random.Random) -> int:
+        seen.append(set(taken))
+        return choose_port(taken, rng)
+
+    monkeypatch.setattr("proxy.control.apps.choose_port", choose)
+    await rig.apps.load(dataclasses.replace(a_plan(an_app()), admin_port=23_456), True)
+    assert seen and all(23_456 in taken for taken in seen)

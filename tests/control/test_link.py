@@ -222,6 +222,15 @@ async def test_a_cordon_is_complete_once_every_worker_has_acknowledged(setting: 
         assert await worker.next() == ipc.CordonLift(WEB, machine.id)
 
 
+async def test_a_cordon_that_is_lifted_waits_for_no_acknowledgement(setting: Setting, rig: Rig) -> None:
+    await rig.load(an_app())
+    worker = await setting.worker(0)
+    asking = asyncio.get_running_loop().create_task(setting.hub.cordon(rig.machine()), name="cordon")
+    assert isinstance(await worker.next(), ipc.CordonAsk)
+    setting.hub.lift(rig.machine())
+    await asking
+
+
 async def test_a_worker_that_is_replaced_during_a_cordon_is_asked_again(setting: Setting, rig: Rig) -> None:
     await rig.load(an_app())
     machine = rig.machine()

@@ -379,6 +379,7 @@ async def test_a_wake_during_the_handshake_wins(rig: Rig) -> None:
     ending = asyncio.get_running_loop().create_task(rig.fleet.end_if_unused(machine, Autostop.STOP), name="idle")
     await settle()
     assert rig.fleet.wake(machine.id).result().code is None
+    assert rig.cordons.lifted == [(machine.id, "started")], "lifted before the answer, on which workers choose again"
     gate.set()
     assert not await ending
     assert machine.state is MachineState.STARTED

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import socket
 import ssl
 import time
@@ -15,12 +17,13 @@ from typing import Any
 import pytest
 
 from tests.support.apps import make_app, starts
+from tests.support.load import connect_to
 from tests.support.processes import runs, wait_for
 from tests.support.serve import ServedNode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(90)]
-SLEEPERS = 12
-HINTS_PER_SOURCE_S = 1.0
+SLEEPERS = 20
+HINTS_PER_SOURCE_S = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedNode]:
     apps += [make_app(folder, "crashes", env=needs)]
     apps += [make_app(folder, "deaf", env=listens, keys='wake_timeout = "1s"')]
     apps += [make_app(folder, f"restart-{policy}", restart=policy) for policy in ("never", "on-failure", "always")]
-    apps += [make_app(folder, name, keys=idle) for name in ("idle", "tunnel", "poll")]
+    apps += [make_app(folder, name, keys=idle) for name in ("idle", "tunnel", "poll", "handshake")]
     apps += [make_app(folder, "freezes", autostop="suspend", keys=idle)]
     apps += [make_app(folder, "sporadic", keys='idle_timeout = "100ms"')]
     limits = f"\n[limits]\nwake_hints_per_source = {HINTS_PER_SOURCE_S}\n"
@@ -261,6 +264,23 @@ def test_an_idle_app_is_suspended_where_asked_and_resumes_as_the_same_process(no
         node.wait_machine_state("freezes", "suspended")
         assert pid_behind(node, "freezes") == pid
     assert len(starts(node.folder, "freezes")) == 1
+
+
+def test_a_request_in_the_middle_of_the_stop_handshake_keeps_the_machine(node: ServedNode) -> None:
+    """One worker has promised to send nothing more, the other stands still: a request at the first one wins."""
+    quick, still = node.worker_pids
+    pid = pid_behind(node, "handshake")
+    client = connect_to(quick, node, lambda: node.connect("handshake"))
+    os.kill(still, signal.SIGSTOP)
+    try:
+        (machine_id,) = [one["id"] for one in node.machines("handshake")]
+        wait_for(lambda: f"machine {machine_id} of handshake: unused for" in node.log(), 5, "the handshake begins")
+        client.sendall(b"GET / HTTP/1.1\r\nHost: handshake.apps.localhost\r\nConnection: close\r\n\r\n")
+        answer = _read_all(client)
+    finally:
+        os.kill(still, signal.SIGCONT)
+    assert answer.startswith(b"HTTP/1.1 200 ") and b'"pid": %d' % pid in answer
+    node.wait_machine_state("handshake", "stopped")
 
 
 def test_stops_for_idleness_lose_no_request_of_sporadic_traffic(node: ServedNode) -> None:
