@@ -224,7 +224,9 @@ class Fleet:
     def _go_on(self, machine: Owned) -> None:
         """Finish what the control before was in the middle of."""
         match machine.state:
-            case MachineState.STARTED | MachineState.SUSPENDED:
+            case MachineState.STARTED:
+                return
+            case MachineState.SUSPENDED if machine.driver.is_frozen(machine.id):
                 return
             case MachineState.STOPPING:
                 machine.ending = spawn(self._stop_steps(machine), f"stop {machine.id}")
@@ -299,8 +301,32 @@ class Fleet:
         if machine.restarting is not None and source != "flyd":
             machine.restarting.cancel()
             machine.restarting = None
-        spawn(self._fly(machine, flight), f"wake {machine.id}")
+        if machine.state is not MachineState.SUSPENDED or machine.ending is not None or not self._jump(machine, flight):
+            spawn(self._fly(machine, flight), f"wake {machine.id}")
         return flight
+
+    def _jump(self, machine: Owned, flight: Flight) -> bool:
+        """Resume within this turn of the loop, where the driver can. It listened when it was frozen: nothing to probe.
+
+        The signal comes first. Until the new state is in the store, a control that is killed leaves a machine that
+        runs and a journal that says suspended; the next control sees that it does not stand still (`_go_on`).
+        """
+        if not machine.driver.resume_at_once(machine.id):
+            return False
+        flight.phases.forked = self._clock.monotonic()
+        self._change(machine, Change.START, passing=True)
+        self._reached(machine, flight)
+        asyncio.get_running_loop().call_soon(self._event, machine, "start", "starting", flight.phases.source)
+        asyncio.get_running_loop().call_soon(self._event, machine, "start", "started", "flyd")
+        self._land(machine, flight, WakeResult(machine.row.version))
+        return True
+
+    def _land(self, machine: Owned, flight: Flight, result: WakeResult) -> None:
+        machine.flight = None
+        flight.phases.answered = self._clock.monotonic()
+        flight.phases.code = result.code.value if result.code else None
+        flight.result.set_result(result)
+        self.on_wake(machine, result)
 
     async def _fly(self, machine: Owned, flight: Flight) -> None:
         result = WakeResult(machine.row.version, Code.START_CANCELLED, "control is ending")
@@ -312,11 +338,7 @@ class Fleet:
             if machine.state is MachineState.STARTING:
                 result = self._give_up(machine, Code.WAKE_INTERNAL, result.detail)
         finally:
-            machine.flight = None
-            flight.phases.answered = self._clock.monotonic()
-            flight.phases.code = result.code.value if result.code else None
-            flight.result.set_result(result)
-            self.on_wake(machine, result)
+            self._land(machine, flight, result)
 
     async def _bring_up(self, machine: Owned, flight: Flight) -> WakeResult:
         deadline = self._clock.monotonic() + machine.app.wake_timeout_s
@@ -377,7 +399,7 @@ class Fleet:
         """Wait until it listens; the one prober of this machine."""
         reached = False
         if not flight.cut.done():
-            flight.probe = spawn(self._probe(machine, deadline), f"probe {machine.id}")
+            flight.probe = spawn(self._probe(machine, flight, deadline), f"probe {machine.id}")
             try:
                 reached = await flight.probe
             except asyncio.CancelledError:
@@ -387,22 +409,27 @@ class Fleet:
                 flight.probe = None
         if flight.cut_by == "stop":
             return self._cancelled(machine)
+        if reached and machine.state is MachineState.STARTED:
+            self._event(machine, "start", "started", "flyd")
+            return WakeResult(machine.row.version)
         if machine.state is not MachineState.STARTING:
             return self._failed(machine, Code.START_FAILED)
-        if not reached:
-            waited = machine.app.wake_timeout_s
-            ports = ", ".join(str(endpoint.port) for endpoint in machine.spec.endpoints[:1])
-            return self._give_up(machine, Code.WAKE_TIMEOUT, f"nothing listened on port {ports} within {waited:g} s")
+        waited = machine.app.wake_timeout_s
+        ports = ", ".join(str(endpoint.port) for endpoint in machine.spec.endpoints[:1])
+        return self._give_up(machine, Code.WAKE_TIMEOUT, f"nothing listened on port {ports} within {waited:g} s")
+
+    def _reached(self, machine: Owned, flight: Flight) -> None:
         flight.phases.listening = self._clock.monotonic()
         row = machine.row
         row.failures, row.hold_until, row.hold_reason = 0, 0.0, None
-        machine.idle_since = self._clock.monotonic()
+        machine.idle_since = flight.phases.listening
         self._change(machine, Change.REACHED)
-        self._event(machine, "start", "started", "flyd")
-        return WakeResult(row.version)
 
-    async def _probe(self, machine: Owned, deadline: float) -> bool:
-        """The first port must answer by the deadline; the others get a moment more, and a note if they do not."""
+    async def _probe(self, machine: Owned, flight: Flight, deadline: float) -> bool:
+        """The first port must answer by the deadline; the others get a moment more, and a note if they do not.
+
+        That it was reached is told from here, as all who wait are waiting for that, not for the end of the flight.
+        """
         endpoints = self._probed(machine)
         netns_pid = machine.running.netns_pid if machine.running else 0
         for place, endpoint in enumerate(endpoints):
@@ -411,6 +438,9 @@ class Fleet:
                 if place == 0:
                     return False
                 machine.note = f"port {endpoint.port} (internal_port {endpoint.internal_port}) does not listen"
+        if machine.state is not MachineState.STARTING or flight.cut.done():
+            return False
+        self._reached(machine, flight)
         return True
 
     def _probed(self, machine: Owned) -> list[Endpoint]:
@@ -727,9 +757,11 @@ class Fleet:
 
     # --- the one place where state changes
 
-    def _change(self, machine: Owned, change: Change, at_once: bool = False, tell_soon: bool = False) -> None:
+    def _change(
+        self, machine: Owned, change: Change, at_once: bool = False, tell_soon: bool = False, passing: bool = False
+    ) -> None:
         """`at_once`: on record before anything else happens. `tell_soon`: on the way to a start, telling comes after it
-        has been handed to the driver."""
+        has been handed to the driver. `passing`: the next change follows in this turn, so nobody need hear of it."""
         row = machine.row
         row.state = next_state(machine.state, change)
         row.version = self._next_version(row.version)
@@ -740,6 +772,8 @@ class Fleet:
             self._store.save_later(row)
         if change is Change.START:
             machine.note = ""
+        if passing:
+            return
         if tell_soon:
             asyncio.get_running_loop().call_soon(self._tell, machine)
         else:

@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE INDEX IF NOT EXISTS events_by_machine ON events (machine);
 """
 _SCHEMA_VERSION = 1
+_SAVE = "INSERT OR REPLACE INTO machines VALUES (?, ?, ?)"
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ class Store:
     def __init__(self, path: str) -> None:
         self.path = path
         self.faults: list[str] = []
-        self._pending: list[tuple[str, tuple[object, ...]]] = []
+        self._pending: list[tuple[str, tuple[object, ...] | MachineRow]] = []
         self._encode = msgspec.json.Encoder().encode
         self._decode_row = msgspec.json.Decoder(MachineRow).decode
         self._db = self._open()
@@ -127,8 +128,10 @@ class Store:
     # --- written at once
 
     def save(self, row: MachineRow) -> None:
-        text = self._encode(row).decode()
-        self._write("INSERT OR REPLACE INTO machines VALUES (?, ?, ?)", (row.id, row.app, text))
+        self._write(_SAVE, self._values(row))
+
+    def _values(self, row: MachineRow) -> tuple[object, ...]:
+        return (row.id, row.app, self._encode(row).decode())
 
     def delete_machine(self, machine: str) -> None:
         self._write("DELETE FROM machines WHERE id = ?", (machine,))
@@ -143,8 +146,8 @@ class Store:
     # --- queued
 
     def save_later(self, row: MachineRow) -> None:
-        text = self._encode(row).decode()
-        self._pending.append(("INSERT OR REPLACE INTO machines VALUES (?, ?, ?)", (row.id, row.app, text)))
+        """Written as it is by then: what it was in between matters to nobody."""
+        self._pending.append((_SAVE, row))
 
     def add_event(self, machine: str, event: Event) -> None:
         request = None if event.request is None else self._encode(event.request).decode()
@@ -170,7 +173,7 @@ class Store:
         try:
             self._db.execute("BEGIN")
             for statement, values in pending:
-                self._db.execute(statement, values)
+                self._db.execute(statement, self._values(values) if isinstance(values, MachineRow) else values)
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             self._tell(error)

@@ -114,6 +114,12 @@ class Driver(Protocol):
     async def resume(self, machine: MachineId) -> None:
         """The opposite of suspend; returns when it may run again."""
 
+    def resume_at_once(self, machine: MachineId) -> bool:
+        """Resume it within this call, if that needs no waiting. False: use `resume`, which also says what is wrong."""
+
+    def is_frozen(self, machine: MachineId) -> bool:
+        """Whether it stands still, as this driver last saw it: a suspend or resume may have been cut off midway."""
+
     def exited_elsewhere(self, pid: int, end: Exit) -> bool:
         """The supervisor, parent of orphans, saw this pid end. True if it is a machine watched here: then `on_exit`
         was called. False: nobody's, so it may be reaped."""

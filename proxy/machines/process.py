@@ -416,17 +416,39 @@ class ProcessDriver:
     async def resume(self, machine: MachineId) -> None:
         await self._thaw(self._alive(machine))
 
+    def resume_at_once(self, machine: MachineId) -> bool:
+        watch = self._watches.get(machine)
+        if watch is None or watch.ended or watch.frozen_apart is None:
+            return False
+        if not watch.frozen:
+            return True
+        try:
+            self._signal_group(watch, signals.SIGCONT)
+        except DriverError:
+            return False
+        self._let_go(watch)
+        return True
+
+    def is_frozen(self, machine: MachineId) -> bool:
+        watch = self._watches.get(machine)
+        return watch is not None and watch.frozen
+
     async def _thaw(self, watch: _Watch) -> None:
         if not watch.frozen:
             return
-        watch.frozen = False
         self._signal_group(watch, signals.SIGCONT)
-        apart, watch.frozen_apart = watch.frozen_apart, []
-        if apart is None:
+        if watch.frozen_apart is None:
+            watch.frozen = False
             found = await asyncio.to_thread(proc.members, watch.running.pid, self._node_dir, watch.machine)
             for stat in found:
                 if stat.stands_still:
                     _signal_marked(stat.pid, stat.start_ticks, signals.SIGCONT)
+        self._let_go(watch)
+
+    def _let_go(self, watch: _Watch) -> None:
+        """Those outside the leader's group go on too."""
+        watch.frozen = False
+        apart, watch.frozen_apart = watch.frozen_apart, []
         for pidfd in apart or ():
             with contextlib.suppress(ProcessLookupError):
                 signals.pidfd_send_signal(pidfd, signals.SIGCONT)
@@ -439,10 +461,12 @@ class ProcessDriver:
         return watch
 
     def _signal_group(self, watch: _Watch, signal: int) -> None:
-        """To the leader's group, unless the leader was reaped: then the number may be another's by now."""
-        stat = proc.read_stat(watch.running.pid)
-        if stat is None or stat.start_ticks != watch.running.start_ticks:
-            return
+        """To the leader's group, unless the leader was reaped: then the number may be another's by now. A child of ours
+        is reaped by `forget` alone."""
+        if not (watch.is_child and self._watches.get(watch.machine) is watch):
+            stat = proc.read_stat(watch.running.pid)
+            if stat is None or stat.start_ticks != watch.running.start_ticks:
+                return
         try:
             os.killpg(watch.running.pid, signal)
         except ProcessLookupError:

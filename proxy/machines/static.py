@@ -40,6 +40,12 @@ class StaticDriver:
 
     async def resume(self, machine: MachineId) -> None: ...
 
+    def resume_at_once(self, machine: MachineId) -> bool:
+        return False
+
+    def is_frozen(self, machine: MachineId) -> bool:
+        return False
+
     def exited_elsewhere(self, pid: int, end: Exit) -> bool:
         return False
 

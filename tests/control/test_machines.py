@@ -14,7 +14,7 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.control.machines import Refused
+from proxy.control.machines import Owned, Refused
 from proxy.errors import Code
 from proxy.machines.driver import Exit
 from proxy.model import Autostop, MachineState, RestartPolicy
@@ -207,6 +207,56 @@ async def test_a_suspended_machine_is_resumed_before_it_is_probed(rig: Rig) -> N
     result = await asyncio.shield(rig.fleet.wake(machine.id))
     assert result.code is None and machine.row.pid == pid
     assert not rig.host.is_frozen(machine.id) and rig.starts(machine) == 1
+
+
+async def test_a_resume_that_needs_no_waiting_is_over_when_wake_returns(rig: Rig) -> None:
+    machine = await _suspended(rig)
+    told = len(rig.published)
+    result = rig.fleet.wake(machine.id)
+    assert result.done() and result.result().code is None
+    assert machine.state is MachineState.STARTED and not rig.host.is_frozen(machine.id)
+    assert [one.state for one in rig.published[told:]] == [MachineState.STARTED]
+    await settle()
+    assert [(one.type, one.status) for one in rig.store.events(machine.id, 2)] == [
+        ("start", "started"), ("start", "starting"),
+    ]  # fmt: skip
+    assert [row.state for row in rig.store.machines()] == [MachineState.STARTED]
+
+
+async def test_a_resume_that_has_to_wait_is_waited_for(rig: Rig) -> None:
+    machine = await _suspended(rig)
+    rig.driver.at_once = False
+    wake = rig.fleet.wake(machine.id)
+    assert not wake.done()
+    assert (await asyncio.shield(wake)).code is None
+    assert machine.state is MachineState.STARTED and not rig.host.is_frozen(machine.id)
+
+
+async def test_a_machine_that_control_had_resumed_but_not_recorded_is_found_running(rig: Rig) -> None:
+    machine = await _suspended(rig)
+    rig.store.flush()
+    assert rig.driver.resume_at_once(machine.id)  # and here control was killed
+    version = machine.row.version
+    await rig.die()
+    after = rig.again()
+    try:
+        await after.load(an_app(), is_first=False)
+        again = after.machine()
+        after.listen(again)
+        await after.clock.advance(0.1)
+        assert again.state is MachineState.STARTED and again.row.version > version
+        assert after.starts(again) == 0
+    finally:
+        await after.close()
+
+
+async def _suspended(rig: Rig) -> Owned:
+    await rig.load(an_app())
+    machine = await rig.started()
+    end = rig.fleet.suspend(machine, "user")
+    assert end is not None
+    await end
+    return machine
 
 
 async def test_only_a_started_machine_can_be_suspended(rig: Rig) -> None:

@@ -95,6 +95,17 @@ class TestDriver:
             await driver.resume(machine.id)
         assert driver.stats(machine.id) is not None
 
+    async def test_one_that_was_suspended_can_be_resumed_within_one_call(
+        self, driver: Driver, machine: MachineSpec
+    ) -> None:
+        assert not driver.resume_at_once(machine.id)
+        await driver.start(machine, started)
+        await driver.suspend(machine.id)
+        assert driver.is_frozen(machine.id)
+        assert driver.resume_at_once(machine.id)
+        assert not driver.is_frozen(machine.id)
+        assert driver.resume_at_once(machine.id)
+
     async def test_a_suspended_machine_can_be_stopped(self, driver: Driver, machine: MachineSpec, exits: Exits) -> None:
         await driver.start(machine, started)
         await driver.suspend(machine.id)

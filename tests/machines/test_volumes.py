@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
@@ -271,5 +272,8 @@ async def _ask(pid: int) -> bytes:
 
 
 def _namespace_files() -> int:
-    links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
-    return sum(os.path.lexists(link) and os.readlink(link).startswith("net:") for link in links)
+    found = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # another thread's, closed meanwhile
+            found += os.readlink(f"/proc/self/fd/{fd}").startswith("net:")
+    return found

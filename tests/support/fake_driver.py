@@ -65,6 +65,7 @@ class FakeDriver:
         self.fail_start: dict[MachineId, str] = {}  # a start of these raises DriverError with the text
         self.hold_start: dict[MachineId, asyncio.Event] = {}  # a start of these waits for the event before it forks
         self.ignores_signals: set[MachineId] = set()  # these end by SIGKILL only
+        self.at_once = True  # whether it can do without waiting what a real driver can
         self.closed = False
         self._clock = clock or SystemClock()
         self._on_exit: ExitCallback | None = None
@@ -136,6 +137,17 @@ class FakeDriver:
         if process is None or process.end is not None:
             raise DriverError(f"machine {machine} is not running")
         process.frozen = True
+
+    def resume_at_once(self, machine: MachineId) -> bool:
+        process = self._watched(machine)
+        if not self.at_once or process is None or process.end is not None:
+            return False
+        self.calls.append(("resume", machine))
+        process.frozen = False
+        return True
+
+    def is_frozen(self, machine: MachineId) -> bool:
+        return self.host.is_frozen(machine)
 
     async def resume(self, machine: MachineId) -> None:
         self.calls.append(("resume", machine))
