@@ -29,7 +29,7 @@ from proxy.control.store import MachineRow, Store
 from proxy.machines import proc
 from proxy.machines.driver import Running
 from proxy.machines.ports import choose_port
-from proxy.model import App, AppName, Autostop, MachineId, MachineState
+from proxy.model import App, AppName, MachineId, MachineState
 from proxy.state import APP_SLOTS, MACHINE_SLOTS, SharedMemory
 
 log = logging.getLogger(__name__)
@@ -395,10 +395,7 @@ class Apps:
         if machine.flight is not None:
             await asyncio.wait({machine.flight.result})
         was_started = machine.state is MachineState.STARTED
-        if was_started and await self._fleet.end_if_unused(machine, Autostop.STOP, self.plan.drain_timeout_s):
-            end = machine.ending
-        else:
-            end = self._fleet.stop(machine, "flyd")
+        end = self._fleet.stop(machine, "flyd", drain_s=self.plan.drain_timeout_s)
         if end is not None:
             await asyncio.wait({end})
         if was_started and machine.next_spec is not None:

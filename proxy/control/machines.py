@@ -535,9 +535,13 @@ class Fleet:
     # --- stop, suspend
 
     def stop(
-        self, machine: Owned, source: str, signal: int | None = None, timeout_s: float | None = None
-    ) -> asyncio.Task[None] | None:
-        """Begin a stop, or join the one under way. None: it does not run."""
+        self, machine: Owned, source: str, signal: int | None = None, timeout_s: float | None = None,
+        drain_s: float | None = None,
+    ) -> asyncio.Task[None] | None:  # fmt: skip
+        """Begin a stop, or join the one under way. None: it does not run.
+
+        With `drain_s` it is given that long to finish what it has; requests that come then wait for its next start.
+        """
         self._refuse_static(machine)
         if machine.restarting is not None:
             machine.restarting.cancel()
@@ -559,7 +563,9 @@ class Fleet:
         self._event(machine, "stop", "stopping", source)
         if flight is None and previous is None and machine.state is not MachineState.STOPPING:
             self._change(machine, Change.STOP)
-        steps = self._stop_steps(machine, previous, flight, signal, timeout_s, asked=source == "user")
+        if source == "user" and drain_s is None:
+            drain_s = 0.0
+        steps = self._stop_steps(machine, previous, flight, signal, timeout_s, drain_s)
         machine.ending = spawn(steps, f"stop {machine.id}")
         return machine.ending
 
@@ -570,9 +576,9 @@ class Fleet:
         flight: Flight | None = None,
         signal: int | None = None,
         timeout_s: float | None = None,
-        asked: bool = False,
+        drain_s: float | None = None,
     ) -> None:
-        """`asked`: it may be in use, so workers are first made to send nothing new; it is stopped in any case."""
+        """`drain_s`: it may be in use. Workers are first made to send nothing new, then it may finish for so long."""
         spec = machine.spec
         try:
             if previous is not None:
@@ -583,9 +589,10 @@ class Fleet:
                 return
             if machine.state is not MachineState.STOPPING:
                 self._change(machine, Change.STOP)
-            if asked:
+            if drain_s is not None:
                 await self._cordons.cordon(machine)
                 self._cordons.lift(machine)
+                await self._drain(machine, drain_s)
             await machine.driver.stop(
                 machine.id, spec.kill_signal if signal is None else signal,
                 spec.kill_timeout_s if timeout_s is None else timeout_s,
@@ -601,6 +608,13 @@ class Fleet:
                 machine.unreached = False
         finally:
             self._ended(machine)
+
+    async def _drain(self, machine: Owned, seconds: float) -> None:
+        limit = self._clock.monotonic() + seconds
+        while self._memory.in_flight(machine.row.slot) > 0 and self._clock.monotonic() < limit:
+            if machine.state is not MachineState.STOPPING:  # it ended by itself
+                return
+            await self._clock.sleep(_DRAIN_POLL_S)
 
     def suspend(self, machine: Owned, source: str, or_stop: bool = False) -> asyncio.Task[None] | None:
         """Begin to freeze a started machine. None: it is suspended. `or_stop`: where it can't be frozen, stop it.

@@ -435,6 +435,22 @@ async def test_a_wake_during_the_handshake_wins(rig: Rig) -> None:
     assert machine.state is MachineState.STARTED
 
 
+async def test_a_stop_with_a_drain_lets_requests_finish_and_later_ones_wait_for_the_next_start(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = await rig.started()
+    rig.begin_request(machine)
+    rig.fleet.stop(machine, "flyd", drain_s=30.0)
+    await rig.clock.advance(5.0)
+    assert machine.state is MachineState.STOPPING and rig.host.is_running(machine.id)
+    later = rig.fleet.wake(machine.id)
+    await rig.clock.advance(1.0)
+    assert not later.done()
+    rig.end_request(machine)
+    await rig.clock.advance(1.0)
+    assert later.result().code is None
+    assert rig.starts(machine) == 2 and machine.state is MachineState.STARTED
+
+
 async def test_a_driver_that_cannot_suspend_stops_instead(rig: Rig) -> None:
     await rig.load(an_app())
     machine = await rig.started()

@@ -296,7 +296,7 @@ def wakefront() -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports free now, below those that machines and the clients of the kernel get, so that none is taken meanwhile."""
+    """TCP ports free now, below those given to machines and to clients of the kernel: none is taken meanwhile."""
     found: list[int] = []
     while len(found) < count:
         port = random.randrange(10_000, 20_000)
