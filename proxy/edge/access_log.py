@@ -8,9 +8,10 @@ holds up a request.
 from __future__ import annotations
 
 import os
+import queue
 import sys
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import msgspec
@@ -19,6 +20,7 @@ from proxy.edge.timers import Wheel
 
 FLUSH_S = 0.2
 FLUSH_BYTES = 64 * 1024
+CLOSE_S = 0.5
 MAX_HELD_BYTES = 8 * 1024 * 1024
 
 
@@ -81,20 +83,26 @@ class AccessLog:
         self._lines: list[bytes] = []
         self._held = 0
         self._waiting = False
-        self._fd = -1
-        self._writer: ThreadPoolExecutor | None = None
-        self._writing: Future[int] | None = None
+        self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._writing: _Batch | None = None
+        self._thread: threading.Thread | None = None
         self.is_on = bool(path)
         self.format_line = text_line if log_format == "text" else json_line
         if self.is_on:
-            self._fd = self._open()
-            self._writer = ThreadPoolExecutor(1, thread_name_prefix="access-log")
+            # a daemon: a write that never returns must not keep the process
+            self._thread = threading.Thread(
+                target=self._write_all, args=(self._open(),), name="access-log", daemon=True
+            )
+            self._thread.start()
 
     def _open(self) -> int:
         if self._path == "-":
             return os.dup(sys.stdout.fileno())
         os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
-        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        fd = os.open(self._path, flags | os.O_NONBLOCK, 0o640)  # a pipe without a reader is an error, not a wait
+        os.set_blocking(fd, True)
+        return fd
 
     def write(self, record: Record) -> None:
         line = self.format_line(record)
@@ -118,47 +126,55 @@ class AccessLog:
     def _flush_now(self) -> bool:
         """Hand what has gathered to the writer; False while the writer still has the last batch."""
         if self._writing is not None:
-            if not self._writing.done():
+            if not self._writing.done:
                 return False
-            self._account(self._writing)
-            self._writing = None
-        if self._lines and self._writer is not None:
-            lines, self._lines = self._lines, []
-            self._held = 0
-            self._writing = self._writer.submit(self._write, lines)
+            self._account()
+        if self._lines and self._thread is not None:
+            self._writing = _Batch(self._lines)
+            self._lines, self._held = [], 0
+            self._batches.put(self._writing)
         return True
 
-    def _account(self, written: Future[int]) -> None:
-        if lost := written.result():
+    def _account(self) -> None:
+        """Count what the batch that is over lost; all of one that is not."""
+        batch, self._writing = self._writing, None
+        if batch is not None and (lost := batch.lost if batch.done else len(batch.lines)):
             self._on_dropped(lost)
 
-    def _write(self, lines: list[bytes]) -> int:
-        """In the thread: write all of it. Returns how many lines were lost."""
-        data = b"".join(lines)
-        try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError:
-            return data.count(b"\n")
-        return 0
-
-    def reopen(self) -> None:
-        """After a rotation: go on in a new file of the same name."""
-        if not self.is_on or self._path == "-":
-            return
-        fresh = self._open()
-        old, self._fd = self._fd, fresh
-        if self._writer is not None:
-            self._writer.submit(os.close, old)
+    def _write_all(self, fd: int) -> None:
+        """The thread: write each batch as it comes."""
+        while (batch := self._batches.get()) is not None:
+            data = b"".join(batch.lines)
+            try:
+                while data:
+                    data = data[os.write(fd, data) :]
+            except OSError:
+                batch.lost = data.count(b"\n")
+            batch.done = True
+        os.close(fd)
 
     def close(self) -> None:
-        """Write the rest and stop. Blocks until it is written: call when no request is served any more."""
-        if self._writer is not None:
-            if self._writing is not None:
-                self._account(self._writing)
-                self._writing = None
-            self._flush_now()
-            self._writer.shutdown(wait=True)
-            self._writer = None
-            os.close(self._fd)
+        """Write the rest and stop. What a file does not take within CLOSE_S is lost, and counted."""
         self.is_on = False
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        rest = _Batch(self._lines)
+        self._lines, self._held = [], 0
+        self._batches.put(rest)
+        self._batches.put(None)
+        thread.join(CLOSE_S)
+        self._account()
+        self._writing = rest
+        self._account()
+
+
+class _Batch:
+    """Lines on their way to the file. `done` is set last, by the thread."""
+
+    __slots__ = ("done", "lines", "lost")
+
+    def __init__(self, lines: list[bytes]) -> None:
+        self.lines = lines
+        self.lost = 0
+        self.done = False
