@@ -33,6 +33,7 @@ class Code(enum.StrEnum):
     REQUEST_UNFINISHED = "PU02"  # the machine closed before it answered
     RESPONSE_INVALID = "WU01"  # the machine answered with something that is not HTTP
     FIRST_BYTE_TIMEOUT = "WU02"
+    RESPONSE_STALLED = "WU04"  # the machine went silent in the middle of its answer
     BODY_UNFINISHED = "PU05"  # the machine closed in the middle of its answer
     UPGRADE_REFUSED = "WU03"
     # Fly's: waking
@@ -127,7 +128,7 @@ def http_status(code: Code) -> int:
             | Code.WAKE_INTERNAL | Code.CONNECTION_LIMIT | Code.DRAINING
         ):  # fmt: skip
             return 503
-        case Code.CONNECT_TIMEOUT | Code.FIRST_BYTE_TIMEOUT | Code.WAKE_TIMEOUT:
+        case Code.CONNECT_TIMEOUT | Code.FIRST_BYTE_TIMEOUT | Code.RESPONSE_STALLED | Code.WAKE_TIMEOUT:
             return 504
         case (
             Code.TLS_RATE_SOURCE | Code.TLS_CANCELLED | Code.TLS_FAILED | Code.TLS_NO_CERTIFICATE | Code.TLS_IO

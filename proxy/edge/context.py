@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 from bisect import bisect_left
@@ -37,6 +38,7 @@ from proxy.state import (
 )
 from proxy.wire.http1 import Limits
 
+_log = logging.getLogger("wakefront.edge")
 _BOUNDS_US = tuple(int(bound * 1_000_000) for bound in LATENCY_BOUNDS_S)
 
 
@@ -87,10 +89,18 @@ class EdgeContext:
         self.region = settings.region
         self.limits = Limits(settings.max_head_bytes, settings.max_headers, settings.max_target_bytes)
         self.id_suffix = b"-" + settings.region.encode("ascii")
+        self.waker.set_budgets(settings.wake_hints_per_source_s, settings.wake_hints_per_s)
         if log_changed:
             self.log.close()
-            self.log = AccessLog(settings.access_log, settings.access_log_format, self.wheel, self._count_dropped)
-        self.waker.set_budgets(settings.wake_hints_per_source_s, settings.wake_hints_per_s)
+            self.log = self._open_log(settings)
+
+    def _open_log(self, settings: Settings) -> AccessLog:
+        """The access log asked for; none, and a word of why, where it can't be opened: requests go on without."""
+        try:
+            return AccessLog(settings.access_log, settings.access_log_format, self.wheel, self._count_dropped)
+        except OSError as error:
+            _log.error("the access log %s cannot be opened, requests go unrecorded: %s", settings.access_log, error)
+            return AccessLog("", "json", self.wheel, self._count_dropped)
 
     def in_flight(self, slot: int) -> int:
         return self.memory.in_flight(slot)

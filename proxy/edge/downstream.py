@@ -198,6 +198,8 @@ class HttpConnection(asyncio.Protocol):
         self._write_paused = False
         if self._exchange is not None:
             self._exchange.on_client_resume()
+        elif self._queue and not self._turn and self._phase is not Phase.CLOSED:
+            self._next()
         self._set_deadline()
 
     def on_deadline(self) -> None:
@@ -218,7 +220,7 @@ class HttpConnection(asyncio.Protocol):
     def on_head(self, head: RequestHead) -> None:
         if self._phase is Phase.LINGER or self._phase is Phase.CLOSED:
             return
-        if self._exchange is not None or self._queue:
+        if self._exchange is not None or self._queue or self._write_paused:  # paused: its answer would pile up here
             self._enqueue(head)
             return
         self._start(head)
@@ -287,10 +289,12 @@ class HttpConnection(asyncio.Protocol):
 
     def _on_broken(self, error: ProxyError) -> None:
         """What the client sent can't be read on. Requests that were whole before are still answered."""
+        if self._phase is Phase.LINGER or self._phase is Phase.CLOSED:
+            return  # it has had its last answer
         exchange, queue = self._exchange, self._queue
-        if queue and self._reader.awaits_body:
+        if queue and not queue[-1].ended and queue[-1].head.length:
             queue.pop()
-        elif exchange is not None and self._reader.awaits_body:
+        elif exchange is not None and not exchange.body_done:
             self._broken = error
             exchange.on_request_broken(error)
             return
@@ -331,7 +335,8 @@ class HttpConnection(asyncio.Protocol):
 
     def _connection_field(self, close: bool) -> bytes:
         exchange = self._exchange
-        if close or exchange is None or not exchange.head.keep_alive or self._edge.draining:
+        draining = self._edge.draining and not self._queue  # what was received whole is still answered
+        if close or exchange is None or not exchange.head.keep_alive or draining:
             if exchange is not None:
                 exchange.close_after = True
             return b"connection: close\r\n"
@@ -403,7 +408,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if (
             close
-            or self._edge.draining
+            or (self._edge.draining and not self._queue)
             or (exchange is not None and (exchange.close_after or not exchange.head.keep_alive))
         ):
             self._close_after(exchange)
@@ -443,12 +448,15 @@ class HttpConnection(asyncio.Protocol):
 
     def _next(self) -> None:
         """Serve the pipelined requests whose turn has come."""
-        while self._queue and self._exchange is None and self._phase is not Phase.CLOSED:
+        while self._queue and self._exchange is None and self._phase is not Phase.CLOSED and not self._write_paused:
             queued = self._queue.popleft()
             self._turn = True
             self._serve(queued)
             self._turn = False
         if self._exchange is not None or self._phase in (Phase.CLOSED, Phase.LINGER):
+            return
+        if self._queue:  # the client takes nothing: it has this long
+            self._edge.wheel.arm(self, self._edge.settings.idle_timeout_s)
             return
         if self._broken is not None:
             self._finish_broken(self._broken)
@@ -468,12 +476,16 @@ class HttpConnection(asyncio.Protocol):
         if queued.ended:
             exchange.on_body_end(queued.trailers)
 
-    def abort(self) -> None:
-        """The answer was broken off: end the connection so that the client sees it."""
+    def abort(self, hard: bool) -> None:
+        """The answer was broken off: end the connection so that the client sees it.
+
+        `hard` where an orderly end would look like the end of the answer: what is still unsent is given up.
+        """
         self._exchange = None
         if self._phase is not Phase.CLOSED:
-            self._transport.abort() if self._write_paused else self._transport.close()
             self._phase = Phase.CLOSED
+            self._edge.wheel.arm(self, CLOSE_S)
+            self._transport.abort() if self._write_paused or hard else self._transport.close()
 
     def pause_body(self) -> None:
         self._gate.pause()

@@ -55,7 +55,7 @@ class Stream(Protocol):
     ) -> None: ...
     def flush(self) -> None: ...
     def finish(self, close: bool) -> None: ...
-    def abort(self) -> None: ...
+    def abort(self, hard: bool) -> None: ...
     def pause_body(self) -> None: ...
     def resume_body(self) -> None: ...
     def open_tunnel(self, tunnel: Tunnel) -> None: ...
@@ -269,7 +269,7 @@ class Exchange:
             self.edge.link.send(
                 PassiveFailure(machine.app, machine.record.id, machine.record.version, error.code.value)
             )
-            self._after_failure(error)
+            self._go_on(lambda: self._after_failure(error))
 
     def _send(self, connection: UpstreamConnection) -> None:
         """Write the head and what is held of the body; from here on the body streams."""
@@ -323,6 +323,8 @@ class Exchange:
         connection = self.upstream
         if connection is not None:
             self._write_body(connection, data)
+            if self.response is not None and self.port is not None and not self.upstream_held:
+                connection.arm(self.port.idle_s)
         elif not self.ended:
             if self.held is None:
                 self.held = []
@@ -409,7 +411,9 @@ class Exchange:
             return
         self.stream.flush()
         connection, port = self.upstream, self.port
-        if connection is not None and port is not None and self.tunnel is None and not self.upstream_held:
+        if connection is None or port is None or self.response is None:
+            return  # a 1xx moves no deadline: the first byte of the answer is still awaited
+        if self.tunnel is None and not self.upstream_held:
             connection.arm(port.idle_s)
 
     def on_upstream_eof(self) -> bool:
@@ -418,8 +422,9 @@ class Exchange:
 
     def on_upstream_failed(self, error: ProxyError) -> None:
         self.upstream = None
+        self.upstream_held = False
         if not self.ended:
-            self._on_failure(error)
+            self._go_on(lambda: self._on_failure(error))
 
     # --- back-pressure
 
@@ -427,11 +432,15 @@ class Exchange:
         if not self.upstream_full:
             self.upstream_full = True
             self.stream.pause_body()
+            if self.upstream is not None and self.port is not None and self.tunnel is None and not self.upstream_held:
+                self.upstream.arm(self.port.idle_s)  # a machine that takes nothing has this long
 
     def on_upstream_resume(self) -> None:
         if self.upstream_full:
             self.upstream_full = False
             self.stream.resume_body()
+            if self.upstream is not None and self.response is None and not self.body_done:
+                self.upstream.disarm()
 
     def on_client_pause(self) -> None:
         """The client does not take what we send: let the machine wait."""
@@ -444,8 +453,11 @@ class Exchange:
         if self.upstream is not None and self.upstream_held:
             self.upstream_held = False
             self.upstream.gate.resume()
-            if self.port is not None and self.response is not None and self.tunnel is None:
-                self.upstream.arm(self.port.idle_s)
+            if self.port is None or self.app is None or self.tunnel is not None:
+                return
+            limit = self.app.record.limits.first_byte_timeout_s if self.response is None else self.port.idle_s
+            if limit is not None and self.body_done:
+                self.upstream.arm(limit)
 
     # --- endings
 
@@ -465,6 +477,8 @@ class Exchange:
         tried = (self.tried or set()) | {machine.record.id}
         others = any(one.record.id not in tried for one in port.service.running) or self.wakes == 0
         step = next_step(self.head.method, has_body, error.code, error.retry, self.attempts, others)
+        if step is Step.FRESH_CONNECTION and machine not in port.service.running:
+            step = Step.ANOTHER if others else Step.GIVE_UP  # it is stopping, or answers elsewhere now
         if step is Step.FRESH_CONNECTION:
             self.connecting = self._fresh(machine)
         elif step is Step.ANOTHER:
@@ -509,7 +523,8 @@ class Exchange:
         self._drop_upstream()
         self.stream.flush()
         self._record()
-        self.stream.abort()
+        until_close = self.response is not None and self.response.length < 0 and not self.chunked_out
+        self.stream.abort(hard=until_close)
 
     def on_client_gone(self, code: Code = Code.CLIENT_GONE) -> None:
         """The client left or its time is up; nobody else is harmed by it."""

@@ -141,6 +141,8 @@ class Table:
                 view = MachineView(record.name, machine)
                 changed.append(machine)
             elif machine.version >= view.record.version:
+                if self._loading is not None:
+                    view.soft_cordoned = False  # control asks again for what it still means
                 if machine != view.record:
                     changed.append(machine)
                 self._update(view, machine)

@@ -67,6 +67,10 @@ class Wheel:
         self.arm(call, seconds)
         return call
 
+    def report(self, what: str, error: Exception) -> None:
+        """Give a fault to the loop's handler."""
+        self._loop.call_exception_handler({"message": what, "exception": error})
+
     def close(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
@@ -101,7 +105,7 @@ class Wheel:
                 try:
                     entry.on_deadline()
                 except Exception as error:
-                    self._loop.call_exception_handler({"message": "a deadline's handler failed", "exception": error})
+                    self.report("a deadline's handler failed", error)
             elif entry.deadline is not NEVER and entry.deadline != NEVER and not entry.wheel_tick:
                 self._put(entry, int(entry.deadline / TICK_S) + 1)
 

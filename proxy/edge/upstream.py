@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
 
 IDLE_S = 4.0
+CLOSE_S = 2.0
 MAX_IDLE = 256
 READ_HIGH = 256 * 1024  # written to a machine and not yet taken by the kernel: the client is paused
 READ_LOW = 64 * 1024
@@ -114,7 +115,7 @@ class UpstreamConnection(asyncio.Protocol):
         if clean and not self.gate.pauses and self.pool.keep(self):
             self._wheel.arm(self, IDLE_S)
             return
-        self.deadline = NEVER
+        self._wheel.arm(self, CLOSE_S)  # what it has not taken by then is given up
         self.transport.close()
 
     def abort(self) -> None:
@@ -195,11 +196,12 @@ class UpstreamConnection(asyncio.Protocol):
         user, self._user = self._user, None
         if user is None:
             self.pool.discard(self)
-            self.transport.close()
+            self.transport.abort()
             return
+        self._reader.sink = _NOBODY
         self.transport.abort()
-        if self.answered:
-            user.on_upstream_failed(ProxyError(Code.IDLE_TIMEOUT, Source.UPSTREAM, detail="no byte for too long"))
+        if self._reader.has_answer:
+            user.on_upstream_failed(ProxyError(Code.RESPONSE_STALLED, Source.UPSTREAM, detail="no byte for too long"))
         else:
             user.on_upstream_failed(ProxyError(Code.FIRST_BYTE_TIMEOUT, Source.UPSTREAM, detail="no answer in time"))
 
@@ -282,6 +284,9 @@ class Pool:
             error = ProxyError(Code.CONNECT_TIMEOUT, Source.UPSTREAM, Retry.NOTHING_SENT, self._where())
         except OSError as cause:
             error = self._refused(cause)
+        except Exception as cause:  # whatever it was, the request that waits must hear of it
+            self.edge.loop.call_exception_handler({"message": "connecting to a machine failed", "exception": cause})
+            error = ProxyError(Code.CONNECT_IO, Source.UPSTREAM, Retry.NOTHING_SENT, repr(cause))
         else:
             self.edge.count_app(
                 self._app_base, upstream_connects=1, upstream_connect_us=(monotonic_ns() - started) // 1000

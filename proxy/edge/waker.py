@@ -128,7 +128,7 @@ class Waker:
             self._end(machine.id, None)
 
     def _on_gone(self, machine: MachineId) -> None:
-        self._end(machine, ProxyError(Code.MACHINE_GONE, Source.MACHINE, detail="the machine was removed"))
+        self._end(machine, None)  # whoever waited chooses again, by the new table
 
     def _expire(self, machine: MachineId) -> None:
         wait = self._waits.get(machine)
@@ -145,7 +145,10 @@ class Waker:
         if wait.deadline is not None:
             wait.deadline.cancel()
         for waiter in wait.waiters.values():
-            waiter(error)
+            try:
+                waiter(error)
+            except Exception as fault:  # one client's fault must not leave the others waiting
+                self._wheel.report("a waiter failed", fault)
 
 
 class HintBudget:

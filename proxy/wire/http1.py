@@ -21,6 +21,8 @@ from proxy.errors import Code, ProxyError, Retry, Source
 CHUNKED = -1
 UNTIL_CLOSE = -2
 
+_DRY_MAX = 65_536  # bytes of a chunked body that bring no body: extensions, trailers
+
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -213,6 +215,7 @@ class RequestReader:
         "_authority",
         "_body_seen",
         "_connection",
+        "_dry",
         "_expects",
         "_head",
         "_head_bytes",
@@ -244,6 +247,7 @@ class RequestReader:
         self._remaining = 0
         self._body_seen = 0
         self._overhead = 0
+        self._dry = 0
         self._trailers: Headers = []
         self._upgraded = False
         self._target = b""
@@ -283,6 +287,7 @@ class RequestReader:
             if not data:
                 return
         while True:
+            seen = self._body_seen
             if self._in_head:
                 self._head_bytes += len(data)
             else:
@@ -314,8 +319,10 @@ class RequestReader:
             if head.length > 0:
                 self._remaining = head.length - self._body_seen
                 self._parser = httptools.HttpRequestParser(self)
-            elif self._overhead - self._body_seen > 16_384 + 8 * self._body_seen:
-                raise _bad("more chunk framing than body")
+            else:
+                self._dry = self._dry + len(data) if self._body_seen == seen else 0
+                if self._dry > _DRY_MAX or self._overhead - self._body_seen > 16_384 + 8 * self._body_seen:
+                    raise _bad("more chunk framing or trailers than body")
 
     def _take_body(self, data: bytes) -> bytes:
         size = len(data)
@@ -383,6 +390,8 @@ class RequestReader:
         parser = self._parser
         head = RequestHead()
         head.method = parser.get_method()
+        if head.method == b"CONNECT":
+            raise ProxyError(Code.METHOD_UNKNOWN, Source.DOWNSTREAM, detail="CONNECT is not served")
         head.passed = passed = self._passed
         version = parser.get_http_version()
         if version == "1.1":
@@ -418,14 +427,15 @@ class RequestReader:
         head.upgrade = None
         if self._upgrade is not None and parser.should_upgrade():
             if head.length:
-                raise _bad("an upgrade with a body")
-            if self._upgrade.lower() != b"h2c":
+                raise _bad("an upgrade with a body")  # the parser would take the body for what follows
+            if head.minor and self._upgrade.lower() != b"h2c":
                 head.upgrade = self._upgrade
                 self._upgraded = True
         self._head = head
         self._in_head = False
         self._body_seen = 0
         self._overhead = 0
+        self._dry = 0
         # for the head that comes next
         self._target = b""
         self._passed = []
@@ -456,8 +466,6 @@ def _reduce_target(target: bytes, head: RequestHead) -> bytes:
     """Origin-form of an absolute-form target, whose authority must be the Host's (RFC 9112 §3.2.2)."""
     if target == b"*" and head.method == b"OPTIONS":
         return target
-    if head.method == b"CONNECT":
-        raise ProxyError(Code.METHOD_UNKNOWN, Source.DOWNSTREAM, detail="CONNECT is not served")
     scheme, separator, rest = target.partition(b"://")
     if not separator or scheme.lower() not in (b"http", b"https"):
         raise _bad("a request target in none of the known forms")
@@ -475,6 +483,7 @@ class ResponseReader:
         "_add",
         "_body_seen",
         "_connection",
+        "_dry",
         "_ended",
         "_head",
         "_head_bytes",
@@ -507,6 +516,7 @@ class ResponseReader:
         self._head_only = False
         self._remaining = 0
         self._body_seen = 0
+        self._dry = 0
         self._ended = False  # a final answer was whole within the read under way
         self._trailers: Headers = []
         self._upgraded = False
@@ -552,6 +562,7 @@ class ResponseReader:
             self.sink.on_response_body(data)
             self.on_message_complete()
             return
+        seen = self._body_seen
         if self._in_head:
             self._head_bytes += len(data)
         self._ended = False
@@ -582,6 +593,15 @@ class ResponseReader:
             elif head.length > 0:
                 self._remaining = head.length - self._body_seen
                 self._parser = httptools.HttpResponseParser(self)
+            elif head.length == CHUNKED:
+                self._dry = self._dry + len(data) if self._body_seen == seen else 0
+                if self._dry > _DRY_MAX:
+                    raise _invalid("chunk framing or trailers without end")
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the head of a final response has been read and its end has not."""
+        return self._head is not None and self._head.status >= 200
 
     def feed_eof(self) -> bool:
         """The machine closed. True if that is the proper end of the response under way, which is then reported."""
@@ -655,6 +675,7 @@ class ResponseReader:
         self._head = head
         self._in_head = False
         self._body_seen = 0
+        self._dry = 0
         # for the head that comes next
         self._reason = b""
         self._passed = []
