@@ -152,23 +152,28 @@ class Waker:
 
 
 class HintBudget:
-    """How many starts ClientHellos may cause: per source address and in all. Token buckets, bounded in number."""
+    """How many starts ClientHellos may cause: per source address and in all. Token buckets, bounded in number.
 
-    __slots__ = ("_all", "_all_s", "_at", "_per_source_s", "_sources")
+    A bucket holds one second's worth, but at least one start, so that a rate below one a second lets some through.
+    """
+
+    __slots__ = ("_all", "_all_max", "_all_s", "_at", "_per_source_max", "_per_source_s", "_sources")
 
     def __init__(self, per_source_s: float, all_s: float) -> None:
         self._per_source_s = per_source_s
         self._all_s = all_s
-        self._all = all_s
+        self._per_source_max = max(1.0, per_source_s) if per_source_s > 0 else 0.0
+        self._all_max = max(1.0, all_s) if all_s > 0 else 0.0
+        self._all = self._all_max
         self._at = 0.0
         self._sources: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, source: str, now: float) -> bool:
         """Whether one more start on behalf of `source` is within the budgets, and if so count it."""
-        self._all = min(self._all_s, self._all + (now - self._at) * self._all_s)
+        self._all = min(self._all_max, self._all + (now - self._at) * self._all_s)
         self._at = now
-        left, at = self._sources.get(source, (self._per_source_s, now))
-        left = min(self._per_source_s, left + (now - at) * self._per_source_s)
+        left, at = self._sources.get(source, (self._per_source_max, now))
+        left = min(self._per_source_max, left + (now - at) * self._per_source_s)
         if left < 1.0 or self._all < 1.0:
             return False
         self._all -= 1.0
