@@ -22,6 +22,15 @@ CHUNKED = -1
 UNTIL_CLOSE = -2
 
 _DRY_MAX = 65_536  # bytes of a chunked body that bring no body: extensions, trailers
+_EXTENSIONS_MAX = 16_384  # bytes of chunk extensions and trailers of one request in all
+_CHUNK_LINE_MAX = 20  # bytes that frame one chunk: 16 digits and two line ends
+_LENGTH_MAX = (1 << 63) - 1  # above it a machine that counts in signed 64 bits would see another length
+
+# llhttp reads RTSP and tunnels too; neither is a request to pass on.
+_NOT_SERVED = frozenset(
+    {b"CONNECT", b"DESCRIBE", b"ANNOUNCE", b"SETUP", b"PLAY", b"PAUSE", b"TEARDOWN", b"GET_PARAMETER",
+     b"SET_PARAMETER", b"REDIRECT", b"RECORD", b"FLUSH"}
+)  # fmt: skip
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -66,7 +75,7 @@ class RequestHead:
     length: int
     keep_alive: bool
     upgrade: bytes | None  # protocol asked for, when it is one that we pass on
-    expects_continue: bool
+    expects_continue: bool  # until a 100 has come, or the body after all
     listed_hops: frozenset[bytes]  # names that the Connection field declares hop-by-hop, lower case
 
     @property
@@ -143,13 +152,13 @@ class FieldRules:
 
     def judge(self, name: bytes) -> int:
         """The kind of a spelling not met before."""
+        if not name or len(name) > 255:
+            return _REFUSED  # nor remembered: a bounded count of names is a bound only if names are short
         lower = name.lower()
         kind = _FRAMING.get(lower, _PASSED)
         if self._of_response and kind in (_HOST, _EXPECT):
             kind = _PASSED
-        if not name or len(name) > 255:
-            kind = _REFUSED
-        elif b"_" in lower and not self._of_response and lower.replace(b"_", b"-") in _FRAMING:
+        if b"_" in lower and not self._of_response and lower.replace(b"_", b"-") in _FRAMING:
             kind = _REFUSED  # an origin that maps `_` to `-`, as CGI does, would read a second framing field
         elif kind == _PASSED and self._drops(lower):
             kind = _DROPPED
@@ -204,6 +213,20 @@ def _tokens(value: bytes) -> frozenset[bytes]:
     return frozenset(tokens - {b"", b"close", b"keep-alive", b"upgrade"})
 
 
+def _length_of(value: bytes) -> int:
+    """A Content-Length that llhttp found to be digits; -1 if no machine need understand it."""
+    length = int(value)
+    return length if length <= _LENGTH_MAX else -1
+
+
+def _served_upgrade(value: bytes) -> bytes | None:
+    """What of an Upgrade field is passed on: all but h2c, a second protocol that would carry requests past us."""
+    if value.lower().find(b"h2c") < 0:
+        return value or None
+    kept = [token for part in value.split(b",") if (token := part.strip()) and token.lower() != b"h2c"]
+    return b", ".join(kept) or None
+
+
 class RequestReader:
     """The client's side of a connection. Feed it what arrives; it calls the sink, in order, at once.
 
@@ -214,6 +237,8 @@ class RequestReader:
         "_add",
         "_authority",
         "_body_seen",
+        "_carried",
+        "_chunks",
         "_connection",
         "_dry",
         "_expects",
@@ -221,6 +246,7 @@ class RequestReader:
         "_head_bytes",
         "_in_head",
         "_kinds",
+        "_last",
         "_length",
         "_limits",
         "_overhead",
@@ -244,10 +270,13 @@ class RequestReader:
         self._head: RequestHead | None = None
         self._in_head = True
         self._head_bytes = 0
+        self._carried = 0  # at most so many bytes of the head under way came with the message before it
         self._remaining = 0
         self._body_seen = 0
+        self._chunks = 0
         self._overhead = 0
         self._dry = 0
+        self._last = False  # the body that went round the parser was that of the last request
         self._trailers: Headers = []
         self._upgraded = False
         self._target = b""
@@ -286,8 +315,10 @@ class RequestReader:
             data = self._take_body(data)
             if not data:
                 return
+        if self._last and self._in_head and data.strip(b"\r\n"):
+            raise _bad("data after `Connection: close`")
+        before, seen = self._head, self._body_seen
         while True:
-            seen = self._body_seen
             if self._in_head:
                 self._head_bytes += len(data)
             else:
@@ -319,10 +350,14 @@ class RequestReader:
             if head.length > 0:
                 self._remaining = head.length - self._body_seen
                 self._parser = httptools.HttpRequestParser(self)
+                self._last = not head.keep_alive
+            elif head is not before:
+                self._body_seen = self._chunks = 0  # what came with the head is no credit for what follows
             else:
                 self._dry = self._dry + len(data) if self._body_seen == seen else 0
-                if self._dry > _DRY_MAX or self._overhead - self._body_seen > 16_384 + 8 * self._body_seen:
-                    raise _bad("more chunk framing or trailers than body")
+                framing = self._overhead - self._body_seen - _CHUNK_LINE_MAX * self._chunks
+                if self._dry > _DRY_MAX or framing > _EXTENSIONS_MAX:
+                    raise _bad("chunk extensions or trailers without end")
 
     def _take_body(self, data: bytes) -> bytes:
         size = len(data)
@@ -368,7 +403,9 @@ class RequestReader:
             self._authority = value
             self._add((name, b": ", value, b"\r\n"))
         elif kind == _LENGTH:
-            self._length = int(value)
+            self._length = length = _length_of(value)
+            if length < 0:
+                raise _bad("a Content-Length of 2^63 or more")
         elif kind == _ENCODING:
             if value.lower() != b"chunked" or self._length == CHUNKED:
                 raise _bad("a Transfer-Encoding other than one `chunked`")
@@ -377,12 +414,13 @@ class RequestReader:
             if value not in _USUAL_CONNECTION:
                 self._connection |= _tokens(value)
         elif kind == _UPGRADE:
-            self._upgrade = value
+            self._upgrade = value if self._upgrade is None else self._upgrade + b", " + value
         elif kind == _EXPECT:
             if value.lower() != b"100-continue":
                 raise ProxyError(Code.EXPECTATION_FAILED, Source.DOWNSTREAM, detail="an Expect we do not know")
-            self._expects = True
-            self._add((name, b": ", value, b"\r\n"))
+            if self._parser.get_http_version() == "1.1":  # RFC 9110 §10.1.1: ignored in HTTP/1.0
+                self._expects = True
+                self._add((name, b": ", value, b"\r\n"))
         else:
             raise _bad("a field name that may not pass")
 
@@ -390,8 +428,8 @@ class RequestReader:
         parser = self._parser
         head = RequestHead()
         head.method = parser.get_method()
-        if head.method == b"CONNECT":
-            raise ProxyError(Code.METHOD_UNKNOWN, Source.DOWNSTREAM, detail="CONNECT is not served")
+        if head.method in _NOT_SERVED:
+            raise ProxyError(Code.METHOD_UNKNOWN, Source.DOWNSTREAM, detail="a method that is not served")
         head.passed = passed = self._passed
         version = parser.get_http_version()
         if version == "1.1":
@@ -407,7 +445,7 @@ class RequestReader:
             raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="too many header fields")
         # one read may hold several heads: only what is over in sum is summed up
         if (
-            self._head_bytes > limits.max_head_bytes
+            self._head_bytes + self._carried > limits.max_head_bytes
             and sum(map(len, passed)) + len(self._target) > limits.max_head_bytes
         ):
             raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="the head is larger than allowed")
@@ -422,18 +460,19 @@ class RequestReader:
             raise _bad("a fragment in the request target")
         head.length = self._length
         head.listed_hops = self._connection
-        head.expects_continue = self._expects and head.minor == 1
+        head.expects_continue = self._expects
         head.keep_alive = parser.should_keep_alive()
         head.upgrade = None
         if self._upgrade is not None and parser.should_upgrade():
             if head.length:
                 raise _bad("an upgrade with a body")  # the parser would take the body for what follows
-            if head.minor and self._upgrade.lower() != b"h2c":
-                head.upgrade = self._upgrade
+            if head.minor and (protocol := _served_upgrade(self._upgrade)) is not None:
+                head.upgrade = protocol
                 self._upgraded = True
         self._head = head
         self._in_head = False
         self._body_seen = 0
+        self._chunks = 0
         self._overhead = 0
         self._dry = 0
         # for the head that comes next
@@ -451,9 +490,13 @@ class RequestReader:
         self._body_seen += len(data)
         self._sink.on_body(data)
 
+    def on_chunk_header(self) -> None:
+        self._chunks += 1
+
     def on_message_complete(self) -> None:
         head, self._head = self._head, None
         self._in_head = True
+        self._carried = self._head_bytes + self._overhead
         self._head_bytes = 0
         if head is not None and head.length:  # a request without a body was whole with its head
             trailers = self._trailers
@@ -630,7 +673,9 @@ class ResponseReader:
         elif kind == _PASSED:
             self._add((name, b": ", value, b"\r\n"))
         elif kind == _LENGTH:
-            self._length = int(value)
+            self._length = length = _length_of(value)
+            if length < 0:
+                raise _invalid("a Content-Length of 2^63 or more")
         elif kind != _DROPPED:
             self._on_special(kind, name, value)
 
@@ -669,6 +714,8 @@ class ResponseReader:
             head.length = UNTIL_CLOSE if length is None else length
         head.keep_alive = parser.should_keep_alive()
         if status == 101:
+            if not parser.should_upgrade() or length or _served_upgrade(head.upgrade) != head.upgrade:
+                raise _invalid("a 101 that names no protocol to switch to, or has a body")
             self._upgraded = True
         elif status < 100 or status > 599:
             raise _invalid(f"status {status}")
