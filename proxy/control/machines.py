@@ -40,6 +40,7 @@ _VERSIONS_PER_EPOCH = 20  # bits
 _OTHER_PORTS_S = 2.0  # what the second and further ports of a machine get once the first one answers
 _DRAIN_POLL_S = 0.05
 _RECHECK_S = 1.0
+_TELL_S = 0.005
 
 
 class Cordons(Protocol):
@@ -93,7 +94,7 @@ class WakePhases:
 class Flight:
     """A start or resume under way."""
 
-    __slots__ = ("cut", "cut_by", "phases", "probe", "result")
+    __slots__ = ("cut", "cut_by", "fault", "phases", "probe", "result", "spec")
 
     def __init__(self, phases: WakePhases) -> None:
         loop = asyncio.get_running_loop()
@@ -102,6 +103,8 @@ class Flight:
         self.cut_by = ""  # "stop" or "exit"
         self.probe: asyncio.Task[bool] | None = None
         self.phases = phases
+        self.spec: MachineSpec | None = None  # what is to be started, once that is in the journal
+        self.fault: Exception | None = None  # of a start that was tried at once
 
     def cut_short(self, by: str) -> None:
         self.cut_by = self.cut_by or by
@@ -301,9 +304,39 @@ class Fleet:
         if machine.restarting is not None and source != "flyd":
             machine.restarting.cancel()
             machine.restarting = None
-        if machine.state is not MachineState.SUSPENDED or machine.ending is not None or not self._jump(machine, flight):
-            spawn(self._fly(machine, flight), f"wake {machine.id}")
+        if machine.ending is None:  # what needs no waiting is done before the loop turns
+            if machine.state is MachineState.SUSPENDED and self._jump(machine, flight):
+                return flight
+            if machine.state.is_startable and machine.state is not MachineState.SUSPENDED:
+                self._take_off(machine, flight, now + machine.app.wake_timeout_s)
+        spawn(self._fly(machine, flight), f"wake {machine.id}")
         return flight
+
+    def _take_off(self, machine: Owned, flight: Flight, deadline: float) -> None:
+        """Write the start in the journal, and make it at once where the driver can."""
+        try:
+            row = machine.row
+            self._take_next_spec(machine)
+            row.stopped_by, row.pid = "", None
+            self._change(machine, Change.START, at_once=True, tell_soon=True)  # the journal: about to start
+            flight.phases.journalled = self._clock.monotonic()
+            asyncio.get_running_loop().call_soon(self._event, machine, "start", "starting", flight.phases.source)
+            flight.spec = with_version(machine.spec, row.instance_id)
+            running = machine.driver.start_at_once(flight.spec)
+            if running is not None:
+                self._forked(machine, flight, running)
+                flight.probe = self._begin_probe(machine, flight, deadline)  # its turn comes before the flight's
+        except Exception as error:  # the flight ends with it
+            flight.fault = error
+
+    def _forked(self, machine: Owned, flight: Flight, running: Running, save: bool = False) -> None:
+        row = machine.row
+        machine.running = running
+        machine.last_pid = None
+        row.pid, row.start_ticks, row.netns_pid = running.pid, running.start_ticks, running.netns_pid
+        flight.phases.forked = self._clock.monotonic()
+        if save:
+            self._store.save(row)
 
     def _jump(self, machine: Owned, flight: Flight) -> bool:
         """Resume within this turn of the loop, where the driver can. It listened when it was frozen: nothing to probe.
@@ -348,35 +381,26 @@ class Fleet:
                 return WakeResult(machine.row.version, Code.WAKE_TIMEOUT, f"it was still {machine.state} in the end")
             await asyncio.wait({ending, flight.cut}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if flight.cut.done():
-            return self._cancelled(machine)
-        if machine.state is MachineState.STARTED:
+            return self._cancelled(machine) if flight.cut_by == "stop" else self._failed(machine, Code.START_FAILED)
+        if machine.state is MachineState.STARTED and flight.spec is None:
             return WakeResult(machine.row.version)
         if machine.state is MachineState.SUSPENDED:
             failure = await self._resume(machine, flight)
-        elif machine.state is MachineState.STARTING:  # adopted in the middle of its start
-            failure = None
         else:
+            if flight.spec is None and machine.state is not MachineState.STARTING:
+                self._take_off(machine, flight, deadline)
             failure = await self._start(machine, flight)
         return failure or await self._reach(machine, flight, deadline)
 
     async def _start(self, machine: Owned, flight: Flight) -> WakeResult | None:
-        row = machine.row
-        self._take_next_spec(machine)
-        row.stopped_by, row.pid = "", None
-        self._change(machine, Change.START, at_once=True, tell_soon=True)  # the journal: about to start
-        flight.phases.journalled = self._clock.monotonic()
-
-        def on_forked(running: Running) -> None:
-            machine.running = running
-            machine.last_pid = None
-            row.pid, row.start_ticks, row.netns_pid = running.pid, running.start_ticks, running.netns_pid
-            flight.phases.forked = self._clock.monotonic()
-            self._store.save(row)
-
-        loop = asyncio.get_running_loop()
-        loop.call_soon(self._event, machine, "start", "starting", flight.phases.source)
+        """Make the start that is in the journal, unless that was done at once or by an earlier control."""
         try:
-            await machine.driver.start(with_version(machine.spec, row.instance_id), on_forked)
+            if flight.fault is not None:
+                raise flight.fault
+            if flight.spec is not None and not flight.phases.forked:
+                await machine.driver.start(flight.spec, lambda running: self._forked(machine, flight, running, True))
+            elif flight.spec is not None:
+                self._store.save(machine.row)
         except DriverError as error:
             if machine.state is not MachineState.STARTING:  # it forked, and its end was reported
                 return self._failed(machine, Code.START_FAILED)
@@ -399,7 +423,7 @@ class Fleet:
         """Wait until it listens; the one prober of this machine."""
         reached = False
         if not flight.cut.done():
-            flight.probe = spawn(self._probe(machine, flight, deadline), f"probe {machine.id}")
+            flight.probe = flight.probe or self._begin_probe(machine, flight, deadline)
             try:
                 reached = await flight.probe
             except asyncio.CancelledError:
@@ -424,6 +448,9 @@ class Fleet:
         row.failures, row.hold_until, row.hold_reason = 0, 0.0, None
         machine.idle_since = flight.phases.listening
         self._change(machine, Change.REACHED)
+
+    def _begin_probe(self, machine: Owned, flight: Flight, deadline: float) -> asyncio.Task[bool]:
+        return spawn(self._probe(machine, flight, deadline), f"probe {machine.id}")
 
     async def _probe(self, machine: Owned, flight: Flight, deadline: float) -> bool:
         """The first port must answer by the deadline; the others get a moment more, and a note if they do not.
@@ -774,8 +801,8 @@ class Fleet:
     def _change(
         self, machine: Owned, change: Change, at_once: bool = False, tell_soon: bool = False, passing: bool = False
     ) -> None:
-        """`at_once`: on record before anything else happens. `tell_soon`: on the way to a start, telling comes after it
-        has been handed to the driver. `passing`: the next change follows in this turn, so nobody need hear of it."""
+        """`at_once`: on record before anything else happens. `tell_soon`: on the way to a start, which nobody need
+        hear of unless it takes a while. `passing`: the next change follows in this turn, so nobody hears of it."""
         row = machine.row
         row.state = next_state(machine.state, change)
         row.version = self._next_version(row.version)
@@ -789,8 +816,12 @@ class Fleet:
         if passing:
             return
         if tell_soon:
-            asyncio.get_running_loop().call_soon(self._tell, machine)
+            asyncio.get_running_loop().call_later(_TELL_S, self._tell_if_still, machine, row.version)
         else:
+            self._tell(machine)
+
+    def _tell_if_still(self, machine: Owned, version: int) -> None:
+        if machine.row.version == version and self._machines.get(machine.id) is machine:
             self._tell(machine)
 
     def _tell(self, machine: Owned) -> None:

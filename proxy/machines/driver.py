@@ -102,6 +102,12 @@ class Driver(Protocol):
         Raises DriverError if it cannot be started (command not found, no such user, no such folder).
         """
 
+    def start_at_once(self, spec: MachineSpec) -> Running | None:
+        """Start it within this call, if that takes no more than the time of one fork. None: use `start`.
+
+        Raises DriverError as `start` does.
+        """
+
     def adopt(self, spec: MachineSpec, running: Running | None) -> Running | None:
         """Watch a machine started by an earlier control. `running` None: look for it by its id. None: not there."""
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from proxy import clock
 from proxy.machines import logs, proc
 from proxy.machines.driver import DriverError, Exit, ExitCallback, MachineSpec, Running, Stats
-from proxy.machines.spawner import Spawned, Spawner
+from proxy.machines.spawner import Doorstep, Spawned, Spawner
 from proxy.model import MachineId
 
 _log = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class ProcessDriver:
         self._watches: dict[MachineId, _Watch] = {}
         self._starting: dict[MachineId, asyncio.Future[Running]] = {}
         self._spawner: Spawner | None = None
+        self._doorstep: Doorstep | None = None
+        self._stood_still = False  # a start at once was made in this turn of the loop
         self._to_sweep: dict[MachineId, int] = {}  # machine -> its late leader
         self._sweeper: asyncio.Task[None] | None = None
         self._sweeping: set[MachineId] = set()
@@ -124,6 +126,28 @@ class ProcessDriver:
                 future.set_exception(DriverError(f"machine {spec.id}: the start was given up: {error!r}"))
             raise
         return await asyncio.shield(future)
+
+    def start_at_once(self, spec: MachineSpec) -> Running | None:
+        """Once per turn of the loop: a crowd of different machines must not hold it for the sum of their forks."""
+        if (
+            self._stood_still
+            or not Doorstep.takes(spec)
+            or spec.id in self._watches
+            or spec.id in self._starting
+            or spec.id in self._to_sweep
+            or spec.id in self._sweeping
+        ):
+            return None
+        self._stood_still = True
+        asyncio.get_running_loop().call_soon(self._go_on)
+        if self._doorstep is None:
+            self._doorstep = Doorstep(self._node_dir)
+        made = _spawn(self._doorstep, spec)
+        self._watch(_Watch(spec.id, made.running, made.pidfd, is_child=True, log_path=spec.log_path))
+        return made.running
+
+    def _go_on(self) -> None:
+        self._stood_still = False
 
     def _started(self, machine: MachineId, future: asyncio.Future[Running]) -> None:
         self._starting.pop(machine, None)
@@ -345,6 +369,9 @@ class ProcessDriver:
                 loop.remove_reader(watch.pidfd)
             watch.close()
         self._watches.clear()
+        if self._doorstep is not None:
+            self._doorstep.close()
+            self._doorstep = None
         if self._spawner is not None:
             spawner, self._spawner = self._spawner, None
             await asyncio.to_thread(spawner.close)
@@ -527,7 +554,7 @@ def describe(end: Exit) -> str:
     return "ended, exit code unknown" if end.code is None else f"ended, exit code {end.code}"
 
 
-def _spawn(spawner: Spawner, spec: MachineSpec) -> Spawned:
+def _spawn(spawner: Spawner | Doorstep, spec: MachineSpec) -> Spawned:
     if not spec.log_path:
         return spawner.spawn(spec, -1)
     try:

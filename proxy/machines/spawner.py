@@ -3,6 +3,9 @@
 A thread of its own, because working directory and namespaces belong to a thread once it has unshared them: it goes
 where the machine shall start, spawns there (vfork, so that control's size does not matter), and goes home. If it can't
 go home it refuses further work (`is_lost`) and is replaced. It watches and reaps nothing.
+
+A machine that needs no namespaces and no other user is better started where one stands (`Doorstep`): handing it to the
+thread and back cost the client who waits another 0.3 ms.
 """
 
 from __future__ import annotations
@@ -18,14 +21,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from proxy import namespace
-from proxy.machines import proc, volumes
+from proxy.machines import posix_spawn, proc, volumes
 from proxy.machines.driver import DriverError, MachineSpec, Running
 from proxy.model import MachineId
 
 _log = logging.getLogger(__name__)
 
 _DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
-_RESET_SIGNALS = [one for one in signal.valid_signals() if one not in (signal.SIGKILL, signal.SIGSTOP)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ class Spawner:
 
     def spawn(self, spec: MachineSpec, log_fd: int) -> Spawned:
         """Start the machine's command. Raises DriverError that says what is wrong with it."""
-        environ = self.environment(spec)
+        environ = environment(spec, self._node_dir)
         place = self.prepare(spec)
         output = log_fd if log_fd >= 0 else self._null
         with self._inside(place):
@@ -139,32 +141,10 @@ class Spawner:
                 raise DriverError(_why_not(spec, path, error)) from error
         return _identify(pid, spec)
 
-    def environment(self, spec: MachineSpec) -> dict[str, str]:
-        """What control gave it, and what this driver needs in order to find the machine again."""
-        return {
-            **volumes.variables(spec.mounts),
-            **dict(spec.env),
-            proc.MACHINE_VARIABLE: spec.id,
-            proc.APP_VARIABLE: spec.app,
-            proc.NODE_VARIABLE: self._node_dir,
-        }
-
     def _spawn(self, spec: MachineSpec, path: str, environ: dict[str, str], output: int) -> int:
         """Where this thread stands."""
-        return os.posix_spawn(
-            path,
-            spec.command,
-            environ,
-            setsid=True,
-            setsigmask=(),
-            setsigdef=_RESET_SIGNALS,
-            file_actions=[
-                *((os.POSIX_SPAWN_CLOSE, fd) for fd in self._inherited),
-                (os.POSIX_SPAWN_DUP2, self._null, 0),
-                (os.POSIX_SPAWN_DUP2, output, 1),
-                (os.POSIX_SPAWN_DUP2, output, 2),
-            ],
-        )
+        files = {0: self._null, 1: output, 2: output}
+        return posix_spawn.spawn(path, spec.command, environ, None, files, self._inherited)
 
     def _fork(self, spec: MachineSpec, path: str, environ: dict[str, str], output: int) -> int:
         """As another user, or where the thread can't change folder. With a user it is a real fork, slower the larger
@@ -240,6 +220,49 @@ class Spawner:
             raise DriverError(f"machine {spec.id}: cannot bind its volumes: {error}") from error
         finally:
             self._go_home(net=False, mnt=_is_elsewhere(self._home_mnt))
+
+
+class Doorstep:
+    """Starts machines that need no place of their own, on the caller's thread, which goes nowhere."""
+
+    def __init__(self, node_dir: str) -> None:
+        self._node_dir = node_dir
+        self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._inherited = _inheritable_files()
+
+    @staticmethod
+    def takes(spec: MachineSpec) -> bool:
+        return posix_spawn.CAN_MOVE and spec.user is None and not spec.own_network and not spec.mounts
+
+    def spawn(self, spec: MachineSpec, log_fd: int) -> Spawned:
+        """As Spawner.spawn."""
+        environ = environment(spec, self._node_dir)
+        output = log_fd if log_fd >= 0 else self._null
+        path = find_program(spec, environ)
+        files = {0: self._null, 1: output, 2: output}
+        try:
+            pid = posix_spawn.spawn(path, spec.command, environ, spec.cwd, files, self._inherited)
+        except (OSError, ValueError) as error:
+            try:
+                os.listdir(spec.cwd)
+            except OSError as why:
+                raise DriverError(f"machine {spec.id}: cannot enter its folder {spec.cwd}: {why.strerror}") from error
+            raise DriverError(_why_not(spec, path, error)) from error
+        return _identify(pid, spec)
+
+    def close(self) -> None:
+        os.close(self._null)
+
+
+def environment(spec: MachineSpec, node_dir: str) -> dict[str, str]:
+    """What control gave it, and what this driver needs in order to find the machine again."""
+    return {
+        **volumes.variables(spec.mounts),
+        **dict(spec.env),
+        proc.MACHINE_VARIABLE: spec.id,
+        proc.APP_VARIABLE: spec.app,
+        proc.NODE_VARIABLE: node_dir,
+    }
 
 
 def find_program(spec: MachineSpec, environ: dict[str, str]) -> str:

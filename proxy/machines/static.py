@@ -29,6 +29,9 @@ class StaticDriver:
         on_forked(_ALWAYS)
         return _ALWAYS
 
+    def start_at_once(self, spec: MachineSpec) -> Running | None:
+        return _ALWAYS
+
     def adopt(self, spec: MachineSpec, running: Running | None) -> Running | None:
         return _ALWAYS
 

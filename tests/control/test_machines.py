@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from proxy.control.machines import Owned, Refused
 from proxy.errors import Code
-from proxy.machines.driver import Exit
+from proxy.machines.driver import Exit, MachineSpec, Running
 from proxy.model import Autostop, MachineState, RestartPolicy
 from tests.control.rig import GroupPlan, Rig, a_service, an_app
 from tests.support.clock import FakeClock, settle
@@ -207,6 +207,48 @@ async def test_a_suspended_machine_is_resumed_before_it_is_probed(rig: Rig) -> N
     result = await asyncio.shield(rig.fleet.wake(machine.id))
     assert result.code is None and machine.row.pid == pid
     assert not rig.host.is_frozen(machine.id) and rig.starts(machine) == 1
+
+
+async def test_a_start_that_needs_no_waiting_is_journalled_and_made_when_wake_returns(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    rig.listen(machine)
+    seen: list[str] = []
+    start = rig.driver.start_at_once
+
+    def start_at_once(spec: MachineSpec) -> Running | None:
+        seen.extend(row.state for row in rig.store.machines())
+        return start(spec)
+
+    rig.driver.start_at_once = start_at_once  # type: ignore[method-assign]  # to look at the journal before the fork
+    wake = rig.fleet.wake(machine.id)
+    assert seen == [MachineState.STARTING] and rig.starts(machine) == 1 and not wake.done()
+    assert (await asyncio.shield(wake)).code is None
+    assert [row.pid for row in rig.store.machines()] == [machine.row.pid] != [None]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_start_that_fails_is_told_alike_at_once_and_later(rig: Rig, at_once: bool) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    rig.driver.at_once = at_once
+    rig.driver.fail_start[machine.id] = "command not found"
+    result = await asyncio.shield(rig.fleet.wake(machine.id))
+    assert (result.code, result.detail) == (Code.START_FAILED, "command not found")
+    assert machine.state is MachineState.FAILED
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_one_that_ends_before_its_start_is_looked_at_has_failed(rig: Rig, at_once: bool) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    rig.driver.at_once = at_once
+    wake = rig.fleet.wake(machine.id)
+    while not rig.host.is_running(machine.id):
+        await asyncio.sleep(0)
+    rig.host.end(machine.id, Exit(code=3))
+    assert (await asyncio.shield(wake)).code is Code.START_FAILED
+    assert machine.state is MachineState.FAILED and machine.row.exit_code == 3
 
 
 async def test_a_resume_that_needs_no_waiting_is_over_when_wake_returns(rig: Rig) -> None:

@@ -12,7 +12,7 @@ from proxy.machines.driver import Driver, DriverError, Exit, MachineSpec, Runnin
 from proxy.machines.process import ProcessDriver
 from proxy.machines.static import StaticDriver
 from proxy.model import MachineId
-from tests.machines.support import Exits, driver_at, spec, started
+from tests.machines.support import Exits, driver_at, spec, started, until
 from tests.support.fake_driver import FakeDriver
 
 
@@ -51,7 +51,7 @@ class TestDriver:
         driver.prepare(machine)
         driver.prepare(machine)
         running = await driver.start(machine, started)
-        assert driver.find_machines() == {machine.id: running}
+        await until(lambda: driver.find_machines() == {machine.id: running}, "it is found")
 
     async def test_a_second_start_finds_the_first_ones_machine(self, driver: Driver, machine: MachineSpec) -> None:
         forked: list[Running] = []
@@ -94,6 +94,13 @@ class TestDriver:
             await driver.resume(machine.id)
             await driver.resume(machine.id)
         assert driver.stats(machine.id) is not None
+
+    async def test_it_starts_within_one_call(self, driver: Driver, machine: MachineSpec, exits: Exits) -> None:
+        running = driver.start_at_once(machine)
+        assert running is not None
+        await until(lambda: driver.find_machines() == {machine.id: running}, "it is found")
+        await driver.stop(machine.id, signal.SIGTERM, 5)
+        assert exits.all == [(machine.id, running, Exit(signal=signal.SIGTERM))]
 
     async def test_one_that_was_suspended_can_be_resumed_within_one_call(
         self, driver: Driver, machine: MachineSpec

@@ -47,7 +47,10 @@ class TestWhatAMachineFinds:
                 f"WAKEFRONT_NODE_DIR={tmp_path}",
             ]
 
-    async def test_its_folder_no_open_files_of_ours_an_empty_input_and_default_signals(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("at_once", [True, False])
+    async def test_its_folder_no_open_files_of_ours_an_empty_input_and_default_signals(
+        self, tmp_path: Path, at_once: bool
+    ) -> None:
         script = (
             "import os,signal,sys\n"
             "print(os.getcwd()); print(sorted(map(int, os.listdir('/proc/self/fd')))); print(repr(sys.stdin.read()))\n"
@@ -59,7 +62,10 @@ class TestWhatAMachineFinds:
         with socket.create_server(("127.0.0.1", 0)):  # something that must not leak into it
             async with driver_at(tmp_path) as (driver, exits):
                 one = spec(tmp_path, *python(script), cwd=str(folder))
-                await driver.start(one, started)
+                if at_once:
+                    assert driver.start_at_once(one) is not None
+                else:
+                    await driver.start(one, started)
                 assert await exits.first() == Exit(code=0)
                 assert output(one) == [str(folder), "[0, 1, 2, 3]", "''", "True", "0000000000000000"]
 
@@ -78,7 +84,18 @@ class TestWhatAMachineFinds:
         before = Path.cwd()
         async with driver_at(tmp_path) as (driver, _):
             await driver.start(spec(tmp_path), started)
+            assert driver.start_at_once(spec(tmp_path, id="second", cwd=str(tmp_path))) is not None
             assert Path.cwd() == before
+
+    async def test_what_needs_the_spawners_thread_is_not_started_at_once(self, tmp_path: Path) -> None:
+        async with driver_at(tmp_path) as (driver, _):
+            assert driver.start_at_once(spec(tmp_path, user="nobody")) is None
+            assert driver.start_at_once(spec(tmp_path, own_network=True)) is None
+            assert driver.start_at_once(spec(tmp_path, id="first")) is not None
+            assert driver.start_at_once(spec(tmp_path, id="second")) is None  # in the same turn of the loop
+            await asyncio.sleep(0)
+            assert driver.start_at_once(spec(tmp_path, id="first")) is None  # it runs
+            assert driver.start_at_once(spec(tmp_path, id="second")) is not None
 
     @pytest.mark.skipif(bool(needs_root), reason=needs_root)
     @pytest.mark.parametrize(("user", "uid", "gid"), [("nobody", 65534, 65534), ("12345:54321", 12345, 54321)])
@@ -133,6 +150,9 @@ class TestWhatCannotStart:
             with pytest.raises(DriverError, match=message):
                 await driver.start(one, forked.append)
             assert forked == []
+            if one.user is None:
+                with pytest.raises(DriverError, match=message):
+                    driver.start_at_once(one)
             assert exits.all == []
             assert "not started: " in Path(one.log_path).read_text()
             await driver.start(spec(tmp_path, "true"), started)  # and the next one is none the worse

@@ -83,6 +83,18 @@ class FakeDriver:
         self.specs[spec.id] = spec
         if (gate := self.hold_start.get(spec.id)) is not None:
             await gate.wait()
+        running = self._start(spec)
+        on_forked(running)
+        return running
+
+    def start_at_once(self, spec: MachineSpec) -> Running | None:
+        if not self.at_once or spec.id in self.hold_start:
+            return None
+        self.calls.append(("start", spec.id))
+        self.specs[spec.id] = spec
+        return self._start(spec)
+
+    def _start(self, spec: MachineSpec) -> Running:
         if (reason := self.fail_start.get(spec.id)) is not None:
             raise DriverError(reason)
         process = self.host.processes.get(spec.id)
@@ -92,7 +104,6 @@ class FakeDriver:
             process = FakeProcess(spec.id, running)
             self.host.processes[spec.id] = process
         self._watch(process)
-        on_forked(process.running)
         return process.running
 
     def adopt(self, spec: MachineSpec, running: Running | None) -> Running | None:
