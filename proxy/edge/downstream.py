@@ -229,9 +229,9 @@ class HttpConnection(asyncio.Protocol):
         self._phase = Phase.EXCHANGE
         self.deadline = NEVER
         exchange = self._exchange = Exchange(self._edge, self, head)
-        if head.length:
-            self._set_deadline()
         exchange.run()
+        if head.length and self._exchange is exchange:
+            self._set_deadline()
         if self._app_cells < 0 and exchange.app is not None:
             self._app_cells = exchange.app.cells
             self._edge.cells[self._app_cells + A_CONNECTS] += 1
@@ -327,6 +327,7 @@ class HttpConnection(asyncio.Protocol):
     def send_interim(self, head: ResponseHead) -> None:
         self._out.append(interim_head(head))
         self.flush()
+        self._set_deadline()
 
     def send_head(self, head: ResponseHead, port: PortView, request_id: bytes, framing: bytes, close: bool) -> None:
         self._out.append(
@@ -521,7 +522,8 @@ class HttpConnection(asyncio.Protocol):
         if self._phase is not Phase.EXCHANGE or self._exchange is None:
             return
         exchange = self._exchange
-        if self._write_paused or (not exchange.body_done and not self._gate.pauses):
+        owes_body = not exchange.body_done and not self._gate.pauses and not exchange.head.expects_continue
+        if self._write_paused or owes_body:
             app = exchange.app
             self._edge.wheel.arm(self, app.record.limits.idle_timeout_s if app is not None else 60.0)
         else:

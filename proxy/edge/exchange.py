@@ -293,6 +293,9 @@ class Exchange:
             return
         connection.transport.write(data)
         connection.disarm()
+        limit = app.record.limits.first_byte_timeout_s
+        if head.expects_continue and limit is not None:
+            connection.arm(limit)  # the client waits for the machine's word, and sends no last byte before it
         held, self.held, self.held_bytes = self.held, None, 0
         for piece in held or ():
             self._write_body(connection, piece)
@@ -320,6 +323,8 @@ class Exchange:
 
     def on_body(self, data: bytes) -> None:
         self.bytes_in += len(data)
+        if self.head.expects_continue:
+            self._on_continue()
         connection = self.upstream
         if connection is not None:
             self._write_body(connection, data)
@@ -333,6 +338,12 @@ class Exchange:
             if self.held_bytes > HOLD_BYTES and not self.client_held:
                 self.client_held = True
                 self.stream.pause_body()
+
+    def _on_continue(self) -> None:
+        """A 100 came, or a client that would not wait for it has begun its body: now that is what is waited for."""
+        self.head.expects_continue = False
+        if self.upstream is not None and self.response is None and not self.body_done:
+            self.upstream.disarm()
 
     def on_body_end(self, trailers: Headers) -> None:
         if self.body_done:
@@ -359,6 +370,8 @@ class Exchange:
         stream.send_head(head, port, self.request_id, framing, self.close_after)
 
     def _on_interim(self, head: ResponseHead) -> None:
+        if head.status == 100 and self.head.expects_continue:
+            self._on_continue()
         if head.status == 101:
             self._switch(head)
         elif self.head.minor == 1:
