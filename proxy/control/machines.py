@@ -227,6 +227,9 @@ class Fleet:
     def _go_on(self, machine: Owned) -> None:
         """Finish what the control before was in the middle of."""
         match machine.state:
+            case MachineState.STARTED if machine.driver.is_frozen(machine.id):  # its suspend did not come on record
+                self._change(machine, Change.SUSPEND)
+                machine.ending = spawn(self._suspend_steps(machine, False), f"suspend {machine.id}")
             case MachineState.STARTED:
                 return
             case MachineState.SUSPENDED if machine.driver.is_frozen(machine.id):
@@ -384,7 +387,9 @@ class Fleet:
             return self._cancelled(machine) if flight.cut_by == "stop" else self._failed(machine, Code.START_FAILED)
         if machine.state is MachineState.STARTED and flight.spec is None:
             return WakeResult(machine.row.version)
-        if machine.state is MachineState.SUSPENDED:
+        if machine.state is MachineState.SUSPENDED or (
+            machine.state is MachineState.STARTING and machine.driver.is_frozen(machine.id)  # adopted before its resume
+        ):
             failure = await self._resume(machine, flight)
         else:
             if flight.spec is None and machine.state is not MachineState.STARTING:
@@ -408,7 +413,8 @@ class Fleet:
         return None
 
     async def _resume(self, machine: Owned, flight: Flight) -> WakeResult | None:
-        self._change(machine, Change.START, tell_soon=True)
+        if machine.state is not MachineState.STARTING:
+            self._change(machine, Change.START, tell_soon=True)
         asyncio.get_running_loop().call_soon(self._event, machine, "start", "starting", flight.phases.source)
         try:
             await machine.driver.resume(machine.id)

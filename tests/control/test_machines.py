@@ -673,3 +673,30 @@ def test_versions_only_grow_and_states_follow_the_table_whatever_happens(operati
 
     with tempfile.TemporaryDirectory() as folder:
         uvloop.run(scenario(Path(folder)))
+
+
+@pytest.mark.parametrize("recorded", [MachineState.STARTED, MachineState.STARTING])
+async def test_a_frozen_machine_on_record_as_running_is_not_taken_for_one_that_answers(
+    rig: Rig, recorded: MachineState
+) -> None:
+    """Control was killed after the freeze, or before the resume, and before either was on record."""
+    await rig.load(an_app())
+    machine = await rig.started()
+    await rig.driver.suspend(machine.id)
+    machine.row.state = recorded
+    rig.store.save(machine.row)
+    await rig.die()
+    after = rig.again()
+    try:
+        await after.load(an_app(), is_first=False)
+        await settle()
+        found = after.machine()
+        if recorded is MachineState.STARTED:
+            assert found.state is MachineState.SUSPENDED and after.host.is_frozen(found.id)
+        after.listen(found)
+        wake = after.fleet.wake(found.id)
+        await after.clock.advance(1.0)
+        assert wake.result().code is None and found.state is MachineState.STARTED
+        assert not after.host.is_frozen(found.id) and after.starts(found) == 0
+    finally:
+        await after.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -169,3 +170,22 @@ def test_a_supervisor_killed_in_the_middle_of_a_wake_leaks_nothing(tmp_path: Pat
         node.wait_ready()
         assert node.get("web")[0] == 200
         assert len(starts(tmp_path, "web")) == 1, "it was adopted, not started again"
+
+
+def test_control_killed_at_any_moment_of_a_suspend_leaves_a_machine_that_answers(tmp_path: Path) -> None:
+    """A frozen process still accepts connections: it must never be taken for one that runs."""
+    with ServedNode(tmp_path, make_app(tmp_path, "web")) as node, ThreadPoolExecutor(1) as pool:
+        node.get("web")
+        (machine,) = node.machines("web")
+        for delay_ms in (0, 1, 2, 4, 8, 30):
+            asked = pool.submit(_suspend, node, machine["id"])
+            time.sleep(delay_ms / 1000)  # the moment is the parameter of this test
+            kill_control(node)
+            asked.result(10)
+            assert node.get("web", timeout=10)[0] == 200, delay_ms
+        assert running(node, "web") == [machine["pid"]]
+
+
+def _suspend(node: ServedNode, machine: str) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):  # control may go before it has answered
+        node.api("POST", f"/v1/apps/web/machines/{machine}/suspend")
