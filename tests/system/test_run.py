@@ -53,7 +53,7 @@ def _script(path: Path, text: str) -> None:
 def _run(clone: Path, *arguments: str) -> tuple[int, str]:
     done = subprocess.run(
         [clone / "run", *arguments],
-        env={"PATH": str(clone / "bin")},
+        env={"PATH": str(clone / "bin"), "WAKEFRONT_PYTHON": "none"},
         cwd=os.sep,
         capture_output=True,
         text=True,
@@ -146,3 +146,17 @@ def test_an_unknown_command_is_refused_and_help_names_all(clone: Path) -> None:
     status, output = _run(clone)
     assert status == 0
     assert all(f"./run {command}" in output for command in ("demo", "test", "check", "bench"))
+
+
+def test_the_python_asked_for_is_used(clone: Path) -> None:
+    (clone / "bin" / "python3").rename(clone / "mine")
+    done = subprocess.run(
+        [clone / "run", "test"],
+        env={"PATH": str(clone / "bin"), "WAKEFRONT_PYTHON": str(clone / "mine")},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _asked(clone, "-m venv") == 1
