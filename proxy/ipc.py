@@ -9,6 +9,9 @@ Both sides ignore fields they do not know and refuse a peer whose protocol diffe
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 import struct
 from collections.abc import Iterator
 
@@ -164,6 +167,18 @@ def encode(message: Message) -> bytes:
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"{type(message).__name__} of {len(body)} bytes: a frame may have {MAX_FRAME_BYTES}")
     return _LENGTH.pack(len(body)) + body
+
+
+def write(transport: asyncio.WriteTransport, frame: bytes) -> None:
+    """Send a frame within this call: a transport sends at the end of the loop's turn, and a wake is worth hurrying.
+
+    What the kernel does not take, and every failure, is left to the transport.
+    """
+    if not transport.get_write_buffer_size() and not transport.is_closing():
+        with contextlib.suppress(OSError):
+            frame = frame[os.write(transport.get_extra_info("socket").fileno(), frame) :]
+    if frame:
+        transport.write(frame)
 
 
 class FrameReader:

@@ -47,6 +47,7 @@ from proxy.ipc import (
     WorkerHello,
     decode_to_worker,
     encode,
+    write,
 )
 from proxy.process import ChildContext, unix_address
 from proxy.state import W_LOOP_LAG_US, SharedMemory
@@ -312,7 +313,7 @@ class Link(asyncio.Protocol):
             or transport.get_write_buffer_size() > LINK_BUFFER_MAX
         ):
             return False
-        transport.write(encode(message))
+        write(transport, encode(message))
         return True
 
     async def _keep(self) -> None:

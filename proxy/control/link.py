@@ -282,7 +282,7 @@ class Link(asyncio.Protocol):
     def send_frame(self, frame: bytes) -> None:
         if self._transport is None or not frame:
             return
-        self._transport.write(frame)
+        ipc.write(self._transport, frame)
         if (unread := self._transport.get_write_buffer_size()) > MAX_UNREAD_BYTES:
             self.drop(f"it does not read: {unread} bytes wait")
 
