@@ -504,6 +504,8 @@ class HttpConnection(asyncio.Protocol):
         held, self._held_upgrade = self._held_upgrade, None
         for piece in held or ():
             tunnel.from_client(piece)
+        if self._eof:
+            tunnel.client_eof()
         if self._queue_paused:
             self._queue_paused = False
             self._gate.resume()
