@@ -725,10 +725,10 @@ class ResponseReader:
             raise _invalid("too many header fields")
         length = self._length
         head.listed_hops = self._connection
-        if self._head_only or status == 304:
-            head.length = length if length is not None and length >= 0 else UNTIL_CLOSE
-        elif status < 200 or status == 204:
+        if status < 200 or status == 204:
             head.length = 0
+        elif self._head_only or status == 304:
+            head.length = length if length is not None and length >= 0 else UNTIL_CLOSE
         else:
             head.length = UNTIL_CLOSE if length is None else length
         head.keep_alive = parser.should_keep_alive()
