@@ -176,8 +176,8 @@ def trailer_block(trailers: Headers) -> bytes:
         return b"0\r\n\r\n"
     parts: list[bytes] = [b"0\r\n"]
     for name, value in trailers:
-        lower = name.lower()
-        if lower in _NOT_IN_TRAILERS or _is_dropped_from_request(lower):
+        dashed = name.lower().replace(b"_", b"-")  # who merges trailers may also map names as CGI does
+        if dashed in _NOT_IN_TRAILERS or dashed in _CLIENTS_OWN or _is_dropped_from_request(dashed):
             continue
         parts += (name, b": ", value, b"\r\n")
     parts.append(b"\r\n")

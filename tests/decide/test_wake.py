@@ -46,3 +46,24 @@ def test_a_held_machine_gives_way_to_another_and_alone_tells_until_when() -> Non
     assert choose_to_wake([held, machine("c", "stopped")], ("app",), NOW) == "c"
     assert choose_to_wake([held, sooner], ("app",), NOW) == Held("it crashed", NOW + 4)
     assert choose_to_wake([held, sooner], ("app",), NOW + 4) == "b"
+
+
+ORDER = ["started starting", "suspended", "suspending", "stopped created", "stopping", "failed"]
+
+
+def test_the_order_of_states_is_total_and_the_lowest_id_breaks_a_tie() -> None:
+    for rank, group in enumerate(ORDER):
+        for state in group.split():
+            for same in group.split():
+                assert choose_to_wake([machine("b", state), machine("a", same)], ("app",), NOW) == "a"
+            for later in " ".join(ORDER[rank + 1 :]).split():
+                assert choose_to_wake([machine("a", later), machine("b", state)], ("app",), NOW) == "b"
+
+
+def test_a_start_under_way_is_waited_for_though_it_is_held() -> None:
+    assert choose_to_wake([machine("a", "starting", hold=NOW + 9)], ("app",), NOW) == "a"
+
+
+def test_cordoned_machines_tell_no_hold_either() -> None:
+    assert choose_to_wake([machine("a", "stopped", hold=NOW + 9, cordoned=True)], ("app",), NOW) is None
+    assert choose_to_wake([machine("a", "stopped")], (), NOW) is None

@@ -147,7 +147,7 @@ def h11_requests(data: bytes) -> tuple[list[Request], str | None]:
         elif isinstance(event, h11.EndOfMessage):
             assert head is not None
             found.append((head.method, head.target, body))
-            if connection.their_state is h11.MIGHT_SWITCH_PROTOCOL:
+            if connection.their_state not in (h11.DONE, h11.MUST_CLOSE):  # it may switch protocols
                 return found, None
             connection.send(h11.Response(status_code=200, headers=[("content-length", "0")]))
             connection.send(h11.EndOfMessage())
