@@ -23,7 +23,6 @@ class Code(enum.StrEnum):
     UNKNOWN_HOST = "WD09"
     EXPECTATION_FAILED = "WD10"
     CLIENT_GONE = "WD11"
-    DRAINING = "WD12"
     IDLE_TIMEOUT = "WD13"
     # Fly's: refused, reset and timed-out connections to machines
     CONNECT_REFUSED = "PC01"
@@ -39,7 +38,6 @@ class Code(enum.StrEnum):
     # Fly's: waking
     WAKE_INTERNAL = "PM02"
     WAKE_TIMEOUT = "PM03"  # started, but nothing listened in time
-    MACHINE_UNREACHABLE = "PM05"
     START_FAILED = "PM07"
     NOT_STARTABLE = "PM08"
     START_CANCELLED = "PM10"
@@ -58,7 +56,6 @@ class Code(enum.StrEnum):
     MACHINE_GONE = "PR02"
     NO_CANDIDATE_AFTER_RETRIES = "PR03"
     NO_CANDIDATE = "PR04"
-    CONNECTION_LIMIT = "PL01"
     INTERNAL = "WE01"
 
 
@@ -118,14 +115,13 @@ def http_status(code: Code) -> int:
             return 505
         case (
             Code.CONNECT_REFUSED | Code.CONNECT_RESET | Code.CONNECT_IO | Code.REQUEST_UNFINISHED
-            | Code.RESPONSE_INVALID | Code.BODY_UNFINISHED | Code.UPGRADE_REFUSED | Code.MACHINE_UNREACHABLE
-            | Code.MACHINE_GONE
+            | Code.RESPONSE_INVALID | Code.BODY_UNFINISHED | Code.UPGRADE_REFUSED | Code.MACHINE_GONE
         ):  # fmt: skip
             return 502
         case (
             Code.WAKE_HELD | Code.TOO_MANY_WAITERS | Code.CONTROL_UNAVAILABLE | Code.NO_CANDIDATE
             | Code.NO_CANDIDATE_AFTER_RETRIES | Code.START_FAILED | Code.NOT_STARTABLE | Code.START_CANCELLED
-            | Code.WAKE_INTERNAL | Code.CONNECTION_LIMIT | Code.DRAINING
+            | Code.WAKE_INTERNAL
         ):  # fmt: skip
             return 503
         case Code.CONNECT_TIMEOUT | Code.FIRST_BYTE_TIMEOUT | Code.RESPONSE_STALLED | Code.WAKE_TIMEOUT:

@@ -67,14 +67,15 @@ def test_two_processes_together_never_pass_a_hard_limit(memory: SharedMemory, li
         load = Load(memory, worker)
         mine, other = held[worker], held[1 - worker]
         most = 0
-        for _ in range(80_000):
+        for _ in range(40_000):
             taken = 0
             for _ in range(limit + 1):
                 if not load.admit(SLOT, limit):
                     break
                 taken += 1
                 cells[mine] += 1
-                most = max(most, cells[mine] + cells[other])
+                for _ in range(8):  # hold it for a moment, so that two holders meet
+                    most = max(most, cells[mine] + cells[other])
             for _ in range(taken):
                 cells[mine] -= 1
                 load.release(SLOT)

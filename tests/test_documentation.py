@@ -1,0 +1,23 @@
+"""docs/: the tests that the pages name are there, so that a row without its proof is noticed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "docs" / "compatibility.md", *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    sources = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    there = set(re.findall(r"def (test_\w+)\(", sources))
+    for page in PAGES:
+        named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+        assert named, f"{page.name} names no test"
+        assert named <= there, f"{page.name}: {sorted(named - there)}"
+
+
+def test_rows_of_the_compatibility_table_have_ids_of_their_own() -> None:
+    ids = re.findall(r"^\| ([A-Z]{2}-\d+) \|", PAGES[0].read_text(), re.MULTILINE)
+    assert len(ids) > 50 and len(set(ids)) == len(ids)
