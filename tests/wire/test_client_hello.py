@@ -31,6 +31,7 @@ def openssl_hello(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_2  # builds of Python differ in what they offer unasked
     context.maximum_version = version
     if alpn:
         context.set_alpn_protocols(list(alpn))
