@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def running(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
             assert pipe is not None
             pipe.close()
         for pid in left_in(folder):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may be on its way out by itself
+                os.kill(pid, signal.SIGKILL)
 
 
 def left_in(folder: Path) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -39,7 +40,8 @@ def test_your_first_own_app_works_when_copied(tmp_path: Path) -> None:
     finally:
         left = belonging_to(tmp_path, str(tmp_path / "no such mark"))
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may be on its way out by itself
+                os.kill(pid, signal.SIGKILL)
     log = tmp_path / "wakefront-first" / "data" / "serve.log"
     story = done.stdout + done.stderr + (log.read_text() if log.exists() else "")
     assert done.returncode == 0, story
