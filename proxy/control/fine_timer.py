@@ -1,6 +1,6 @@
-"""A clock whose short sleeps end on time. uvloop's timers count whole milliseconds; a wake is won or lost in tenths.
+"""A clock whose short alarms ring on time. uvloop's timers count whole milliseconds; a wake is won or lost in tenths.
 
-A timerfd of its own per short sleep, watched by the loop. Measured: a sleep of 0.2 ms takes 0.25 ms, where the loop's
+A timerfd of its own per alarm, watched by the loop. Measured: a sleep of 0.2 ms takes 0.25 ms, where the loop's
 takes either nothing (a busy loop, while the program to be waited for wants the same processor) or 1.1 ms.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+from collections.abc import Callable
 
 from proxy.clock import SystemClock
 
@@ -29,38 +30,44 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class FineClock(SystemClock):
-    """The host's clock, exact for sleeps below 20 ms as well."""
+    """The host's clock, exact for alarms below 20 ms as well."""
 
-    def __init__(self) -> None:
-        self._idle: list[int] = []  # timer descriptors for the next sleeps
+    def alarm(self, callback: Callable[[], None]) -> FineAlarm:
+        return FineAlarm(callback)
 
-    async def sleep(self, seconds: float) -> None:
-        if not 0 < seconds < _SHORT_S:
-            await asyncio.sleep(seconds)
-            return
-        loop = asyncio.get_running_loop()
-        timer = self._idle.pop() if self._idle else _new_timer()
-        done = loop.create_future()
-        _arm(timer, seconds)
-        loop.add_reader(timer, _ring, done)
-        try:
-            await done
-        finally:
-            loop.remove_reader(timer)
-            if len(self._idle) < 8:
-                _arm(timer, 0.0)
-                self._idle.append(timer)
-            else:
-                os.close(timer)
+
+class FineAlarm:
+    """Calls back once after each `set`. One descriptor for its life, so that setting it again costs one system call."""
+
+    __slots__ = ("_callback", "_handle", "_loop", "_timer")
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        self._loop = asyncio.get_running_loop()
+        self._handle: asyncio.TimerHandle | None = None
+        self._timer = _new_timer()
+        self._loop.add_reader(self._timer, self._ring)
+
+    def set(self, seconds: float) -> None:
+        """Ring once, `seconds` from now, whatever was set before."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        if seconds < _SHORT_S:
+            _arm(self._timer, max(seconds, 1e-9))
+        else:
+            _arm(self._timer, 0.0)
+            self._handle = self._loop.call_later(seconds, self._callback)
+
+    def _ring(self) -> None:
+        _arm(self._timer, 0.0)  # what rang and was not read rings on
+        self._callback()
 
     def close(self) -> None:
-        while self._idle:
-            os.close(self._idle.pop())
-
-
-def _ring(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)
+        if self._handle is not None:
+            self._handle.cancel()
+        self._loop.remove_reader(self._timer)
+        os.close(self._timer)
 
 
 def _new_timer() -> int:

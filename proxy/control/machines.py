@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from proxy.clock import Clock, spawn
+from proxy.clock import spawn
 from proxy.control.lifecycle import LIVE, Change, next_state
 from proxy.control.plan import AppPlan, GroupPlan
-from proxy.control.prober import SocketMaker, wait_until_listening
+from proxy.control.prober import AlarmClock, SocketMaker, wait_until_listening
 from proxy.control.specs import digest_of, with_version
 from proxy.control.store import Event, MachineRow, Store
 from proxy.control.ulid import new_ulid
@@ -41,6 +41,7 @@ _OTHER_PORTS_S = 2.0  # what the second and further ports of a machine get once 
 _DRAIN_POLL_S = 0.05
 _RECHECK_S = 1.0
 _TELL_S = 0.005
+_NOTE_S = 0.005
 
 
 class Cordons(Protocol):
@@ -168,7 +169,7 @@ class Fleet:
     """All machines of this node."""
 
     def __init__(
-        self, drivers: Mapping[str, Driver], store: Store, memory: SharedMemory, clock: Clock, cordons: Cordons,
+        self, drivers: Mapping[str, Driver], store: Store, memory: SharedMemory, clock: AlarmClock, cordons: Cordons,
         make_socket: SocketMaker, epoch: int,
     ) -> None:  # fmt: skip
         self._drivers = drivers
@@ -352,17 +353,27 @@ class Fleet:
         flight.phases.forked = self._clock.monotonic()
         self._change(machine, Change.START, passing=True)
         self._reached(machine, flight)
-        asyncio.get_running_loop().call_soon(self._event, machine, "start", "starting", flight.phases.source)
-        asyncio.get_running_loop().call_soon(self._event, machine, "start", "started", "flyd")
-        self._land(machine, flight, WakeResult(machine.row.version))
+        result = WakeResult(machine.row.version)
+        self._settle(machine, flight, result)
+        asyncio.get_running_loop().call_later(_NOTE_S, self._note_resume, machine, flight.phases, result)
         return True
 
+    def _note_resume(self, machine: Owned, phases: WakePhases, result: WakeResult) -> None:
+        """Tell of it once the request is on its way: this is history, and that one waits for the processor."""
+        self.on_wake(machine, result)
+        if self._machines.get(machine.id) is machine:
+            self._event(machine, "start", "starting", phases.source, at=phases.asked_at_unix)
+            self._event(machine, "start", "started", "flyd", at=phases.asked_at_unix)
+
     def _land(self, machine: Owned, flight: Flight, result: WakeResult) -> None:
+        self._settle(machine, flight, result)
+        self.on_wake(machine, result)
+
+    def _settle(self, machine: Owned, flight: Flight, result: WakeResult) -> None:
         machine.flight = None
         flight.phases.answered = self._clock.monotonic()
         flight.phases.code = result.code.value if result.code else None
         flight.result.set_result(result)
-        self.on_wake(machine, result)
 
     async def _fly(self, machine: Owned, flight: Flight) -> None:
         result = WakeResult(machine.row.version, Code.START_CANCELLED, "control is ending")
@@ -859,9 +870,10 @@ class Fleet:
             raise Refused(f"machine {machine.id} is static: it is not started or stopped from here")
 
     def _event(
-        self, machine: Owned, kind: str, status: str, source: str, request: dict[str, Any] | None = None
-    ) -> None:
-        now = self._clock.unix()
+        self, machine: Owned, kind: str, status: str, source: str, request: dict[str, Any] | None = None,
+        at: float | None = None,
+    ) -> None:  # fmt: skip
+        now = self._clock.unix() if at is None else at
         self._store.add_event(machine.id, Event(new_ulid(now), kind, status, source, int(now * 1000), request))
 
 

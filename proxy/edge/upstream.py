@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from proxy import namespace
@@ -18,7 +20,7 @@ from proxy.clock import monotonic_ns, spawn
 from proxy.decide.headers import RESPONSE_RULES
 from proxy.edge import table
 from proxy.edge.flow import ReadGate
-from proxy.edge.timers import NEVER
+from proxy.edge.timers import NEVER, Call
 from proxy.errors import Code, ProxyError, Retry, Source
 from proxy.model import Endpoint
 from proxy.wire.http1 import Headers, Limits, ResponseHead, ResponseReader
@@ -34,11 +36,16 @@ READ_LOW = 64 * 1024
 _LIMITS = Limits(max_head_bytes=131_072, max_headers=200)
 
 
-class UpstreamUser(Protocol):
-    """Who an upstream connection works for: an exchange."""
+class Connecting(Protocol):
+    """Who is told how the making of a connection ended."""
 
     def on_connected(self, connection: UpstreamConnection) -> None: ...
     def on_connect_failed(self, error: ProxyError) -> None: ...
+
+
+class UpstreamUser(Connecting, Protocol):
+    """Who an upstream connection works for: an exchange."""
+
     def on_response_head(self, head: ResponseHead) -> None: ...
     def on_response_body(self, data: bytes) -> None: ...
     def on_response_end(self, trailers: Headers) -> None: ...
@@ -73,14 +80,16 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection to a machine, HTTP/1.1, one exchange at a time."""
 
     __slots__ = (
-        "_reader", "_user", "_wheel", "answered", "deadline", "gate", "pool", "reused", "transport", "wheel_tick",
+        "_made", "_reader", "_user", "_wheel", "answered", "deadline", "gate", "pool", "reused", "transport",
+        "wheel_tick",
     )  # fmt: skip
 
     transport: asyncio.Transport
     gate: ReadGate
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, made: Callable[[UpstreamConnection], None]) -> None:
         self.pool = pool
+        self._made: Callable[[UpstreamConnection], None] | None = made
         self._wheel = pool.edge.wheel
         self._user: UpstreamUser | None = None
         self.reused = False
@@ -130,6 +139,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport, but has its methods
         self.gate = ReadGate(self.transport)
         self.transport.set_write_buffer_limits(high=READ_HIGH, low=READ_LOW)
+        made, self._made = self._made, None
+        if made is not None:
+            made(self)
 
     def data_received(self, data: bytes) -> None:
         user = self._user
@@ -209,7 +221,9 @@ class UpstreamConnection(asyncio.Protocol):
 class Pool:
     """Kept connections to one endpoint of one machine."""
 
-    __slots__ = ("_app_base", "_closed", "_connect_timeout_s", "_endpoint", "_idle", "_keeps", "_netns_pid", "edge")
+    __slots__ = (
+        "_app_base", "_closed", "_idle", "_keeps", "connect_timeout_s", "edge", "endpoint", "netns_pid",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -221,10 +235,10 @@ class Pool:
         app_base: int,
     ) -> None:
         self.edge = edge
-        self._endpoint = endpoint
-        self._netns_pid = netns_pid
+        self.endpoint = endpoint
+        self.netns_pid = netns_pid
         self._keeps = keeps
-        self._connect_timeout_s = connect_timeout_s
+        self.connect_timeout_s = connect_timeout_s
         self._app_base = app_base
         self._idle: deque[UpstreamConnection] = deque()
         self._closed = False
@@ -257,69 +271,18 @@ class Pool:
         while self._idle:
             self._idle.pop().transport.close()
 
+    def count_connect(self, us: int) -> None:
+        self.edge.count_app(self._app_base, upstream_connects=1, upstream_connect_us=us)
+
     def count_disconnect(self) -> None:
         self.edge.count_app(self._app_base, upstream_disconnects=1)
 
-    def connect(self, user: UpstreamUser) -> asyncio.Task[None]:
+    def connect(self, user: Connecting) -> asyncio.Task[None]:
         """Make a connection for `user`, who is told how it ended unless the task is cancelled."""
-        return spawn(self._connect(user), "upstream-connect")
+        return spawn(_Connect(self, user).run(), "upstream-connect")
 
-    async def _connect(self, user: UpstreamUser) -> None:
-        started = monotonic_ns()
-        task = asyncio.current_task()
-        assert task is not None
-        expired = False
-
-        def expire() -> None:
-            nonlocal expired
-            expired = True
-            task.cancel()
-
-        timer = self.edge.wheel.call_later(self._connect_timeout_s, expire)
-        try:
-            connection = await self._open()
-        except asyncio.CancelledError:
-            if not expired:
-                raise
-            error = ProxyError(Code.CONNECT_TIMEOUT, Source.UPSTREAM, Retry.NOTHING_SENT, self._where())
-        except OSError as cause:
-            error = self._refused(cause)
-        except Exception as cause:  # whatever it was, the request that waits must hear of it
-            self.edge.loop.call_exception_handler({"message": "connecting to a machine failed", "exception": cause})
-            error = ProxyError(Code.CONNECT_IO, Source.UPSTREAM, Retry.NOTHING_SENT, repr(cause))
-        else:
-            self.edge.count_app(
-                self._app_base, upstream_connects=1, upstream_connect_us=(monotonic_ns() - started) // 1000
-            )
-            user.on_connected(connection)
-            return
-        finally:
-            timer.cancel()
-        user.on_connect_failed(error)
-
-    async def _open(self) -> UpstreamConnection:
-        loop = self.edge.loop
-        host, port = self._endpoint.host, self._endpoint.port
-
-        def factory() -> UpstreamConnection:
-            return UpstreamConnection(self)
-
-        if self._netns_pid:
-            sock = namespace.socket_in(self._netns_pid, socket.AF_INET6 if ":" in host else socket.AF_INET)
-            try:
-                await loop.sock_connect(sock, (host, port))
-                _, connection = await loop.create_connection(factory, sock=sock)
-            except BaseException:
-                sock.close()
-                raise
-            return connection
-        transport, connection = await loop.create_connection(factory, host, port)
-        if transport.get_extra_info("sockname") == transport.get_extra_info("peername"):
-            transport.abort()  # a connect to a free port of the ephemeral range met itself
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
-        return connection
-
-    def _refused(self, cause: OSError) -> ProxyError:
+    def refusal(self, cause: OSError) -> ProxyError:
+        """A connection that could not be made, for whoever waits for it."""
         code = Code.CONNECT_IO
         if isinstance(cause, ConnectionRefusedError):
             code = Code.CONNECT_REFUSED
@@ -327,10 +290,94 @@ class Pool:
             code = Code.CONNECT_RESET
         elif isinstance(cause, TimeoutError):
             code = Code.CONNECT_TIMEOUT
-        return ProxyError(code, Source.UPSTREAM, Retry.NOTHING_SENT, f"{self._where()}: {cause}")
+        return ProxyError(code, Source.UPSTREAM, Retry.NOTHING_SENT, f"{self.where}: {cause}")
 
-    def _where(self) -> str:
-        return f"{self._endpoint.host}:{self._endpoint.port}"
+    @property
+    def where(self) -> str:
+        return f"{self.endpoint.host}:{self.endpoint.port}"
+
+
+class _Connect:
+    """One connection being made. On loopback it stands when connect(2) returns, and the loop need not be asked."""
+
+    __slots__ = ("_expired", "_family", "_pool", "_started", "_task", "_timer", "_user")
+
+    def __init__(self, pool: Pool, user: Connecting) -> None:
+        self._pool = pool
+        self._user = user
+        self._started = monotonic_ns()
+        self._expired = False
+        self._timer: Call | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._family = socket.AF_INET6 if ":" in pool.endpoint.host else socket.AF_INET
+
+    async def run(self) -> None:
+        pool = self._pool
+        self._task = asyncio.current_task()
+        self._timer = pool.edge.wheel.call_later(pool.connect_timeout_s, self._expire)
+        try:
+            await self._open()
+            return
+        except asyncio.CancelledError:
+            if not self._expired:
+                raise
+            error = ProxyError(Code.CONNECT_TIMEOUT, Source.UPSTREAM, Retry.NOTHING_SENT, pool.where)
+        except OSError as cause:
+            error = pool.refusal(cause)
+        except Exception as cause:  # whatever it was, the request that waits must hear of it
+            pool.edge.loop.call_exception_handler({"message": "connecting to a machine failed", "exception": cause})
+            error = ProxyError(Code.CONNECT_IO, Source.UPSTREAM, Retry.NOTHING_SENT, repr(cause))
+        finally:
+            self._timer.cancel()
+        self._user.on_connect_failed(error)
+
+    def _expire(self) -> None:
+        assert self._task is not None
+        self._expired = True
+        self._task.cancel()
+
+    async def _open(self) -> None:
+        pool, loop = self._pool, self._pool.edge.loop
+        sock = self._socket()
+        try:
+            address = (pool.endpoint.host, pool.endpoint.port)
+            code = sock.connect_ex(address)
+            if code == errno.EINPROGRESS:
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code and not _is_connected(sock):
+                    await loop.sock_connect(sock, address)
+            if code:
+                raise OSError(code, os.strerror(code))
+            if sock.getsockname() == sock.getpeername():  # a connect to a free port of the ephemeral range met itself
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+            await loop.create_connection(lambda: UpstreamConnection(pool, self._made), sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _socket(self) -> socket.socket:
+        if self._pool.netns_pid:
+            return namespace.socket_in(self._pool.netns_pid, self._family)
+        return socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+
+    def _made(self, connection: UpstreamConnection) -> None:
+        """Called by the connection itself: the task hears of it two turns of the loop later."""
+        pool = self._pool
+        assert self._timer is not None and self._task is not None
+        if self._task.cancelling():  # it ends with the task's next step
+            connection.abort()
+            return
+        self._timer.cancel()
+        pool.count_connect((monotonic_ns() - self._started) // 1000)
+        self._user.on_connected(connection)
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def pool_for(edge: EdgeContext, machine: table.MachineView, service: table.ServiceView, app: table.AppView) -> Pool:

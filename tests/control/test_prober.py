@@ -7,7 +7,7 @@ import pytest
 
 from proxy.clock import monotonic
 from proxy.control.fine_timer import FineClock
-from proxy.control.prober import can_connect, plain_socket, wait_until_listening
+from proxy.control.prober import plain_socket, wait_until_listening
 from proxy.model import Endpoint
 from tests.support.clock import FakeClock, settle
 
@@ -18,16 +18,32 @@ def a_free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Noted(socket.socket):
+    """A socket that notes when it was told to connect."""
+
+    clock: FakeClock
+    at: list[float]
+
+    def connect_ex(self, address: object) -> int:
+        moment = self.clock.monotonic() - 1000.0
+        if not self.at or self.at[-1] != moment:  # an attempt connects, then asks how that ended
+            self.at.append(moment)
+        return super().connect_ex(address)  # type: ignore[arg-type]  # an address, as socket takes it
+
+
 class Attempts:
-    """A SocketMaker that notes when it was asked."""
+    """A SocketMaker whose sockets note their attempts."""
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
         self.at: list[float] = []
+        self.made: list[socket.socket] = []
 
     def __call__(self, netns_pid: int, family: int) -> socket.socket:
-        self.at.append(self.clock.monotonic() - 1000.0)
-        return plain_socket(netns_pid, family)
+        one = Noted(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        one.clock, one.at = self.clock, self.at
+        self.made.append(one)
+        return one
 
 
 async def test_a_listener_is_found_at_the_first_attempt() -> None:
@@ -51,6 +67,7 @@ async def test_the_first_attempt_is_at_once_and_the_pauses_grow_with_the_time_wa
     for moment, pause in zip(attempts.at, pauses[:-1], strict=False):
         assert pause == pytest.approx(min(max(0.0002, 0.02 * moment), 0.025))
     assert len(attempts.at) < 500
+    assert len(attempts.made) == 1  # a refused socket connects again
 
 
 async def test_a_machine_that_begins_to_listen_is_found_by_the_next_attempt() -> None:
@@ -77,8 +94,13 @@ async def test_a_connection_to_itself_is_a_failure() -> None:
         made.append(one)
         return one
 
-    assert not await can_connect(Endpoint(80, "127.0.0.1", port), 0, bound)
-    assert len(made) == 1
+    clock = FakeClock()
+    waiting = wait_until_listening(Endpoint(80, "127.0.0.1", port), 0, 1000.1, clock, bound)
+    probe = asyncio.get_running_loop().create_task(waiting, name="probe")
+    await clock.advance(0.2)
+    assert await probe is False
+    assert len(made) > 5  # each of them met itself, and was of no more use
+    assert all(one.fileno() == -1 for one in made)
 
 
 async def test_an_attempt_that_nobody_answers_is_given_up_after_a_quarter_second() -> None:
@@ -91,11 +113,40 @@ async def test_an_attempt_that_nobody_answers_is_given_up_after_a_quarter_second
             filler.connect_ex(address)
             fillers.append(filler)
         await settle()
-        began = monotonic()
-        assert not await can_connect(Endpoint(80, *address), 0, plain_socket)
-        assert 0.2 < monotonic() - began < 1.0
+        clock = FakeClock()
+        attempts = Attempts(clock)
+        waiting = wait_until_listening(Endpoint(80, *address), 0, 1000.4, clock, attempts)
+        probe = asyncio.get_running_loop().create_task(waiting, name="probe")
+        await clock.advance(0.24)
+        assert len(attempts.made) == 1
+        await clock.advance(0.02)
+        assert len(attempts.made) == 2  # one that got no answer is no use for the next attempt
+        await clock.advance(0.5)
+        assert await probe is False
+        assert all(one.fileno() == -1 for one in attempts.made)
         for filler in fillers:
             filler.close()
+
+
+async def test_an_attempt_under_way_ends_as_soon_as_it_is_answered() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        address = server.getsockname()
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(address)
+        clock = FakeClock()
+        waiting = wait_until_listening(Endpoint(80, *address), 0, 1010.0, clock, plain_socket)
+        probe = asyncio.get_running_loop().create_task(waiting, name="probe")
+        await clock.advance(0.1)
+        assert not probe.done()
+        for filler in fillers:
+            filler.close()
+        accepted = server.accept()[0], server.accept()[0]
+        async with asyncio.timeout(10):  # the kernel sends the SYN again after a second
+            assert await probe
+        for one in accepted:
+            one.close()
 
 
 async def test_a_cancelled_probe_leaves_no_descriptor_behind() -> None:
@@ -114,23 +165,37 @@ async def test_a_cancelled_probe_leaves_no_descriptor_behind() -> None:
     assert made and all(one.fileno() == -1 for one in made)
 
 
-async def test_short_sleeps_of_the_fine_clock_end_on_time() -> None:
-    clock = FineClock()
+async def test_short_alarms_of_the_fine_clock_ring_on_time() -> None:
+    rang = asyncio.Event()
+    alarm = FineClock().alarm(rang.set)
     began = monotonic()
     for _ in range(20):
-        await clock.sleep(0.0005)
+        alarm.set(0.0005)
+        await rang.wait()
+        rang.clear()
     took = monotonic() - began
+    alarm.close()
     assert 0.01 <= took < 0.1
-    clock.close()
 
 
-async def test_a_cancelled_fine_sleep_leaves_its_timer_for_the_next() -> None:
-    clock = FineClock()
-    sleeper = asyncio.get_running_loop().create_task(clock.sleep(0.019), name="sleeper")
-    await asyncio.sleep(0)
-    sleeper.cancel()
-    await asyncio.gather(sleeper, return_exceptions=True)
+@pytest.mark.parametrize(("first", "second"), [(0.005, 0.03), (0.03, 0.005), (0.03, 0.04), (0.005, 0.006)])
+async def test_an_alarm_that_is_set_again_rings_once_and_at_the_later_word(first: float, second: float) -> None:
+    rings: list[float] = []
+    alarm = FineClock().alarm(lambda: rings.append(monotonic()))
     began = monotonic()
-    await clock.sleep(0.001)
-    assert monotonic() - began >= 0.001
-    clock.close()
+    alarm.set(first)
+    alarm.set(second)
+    await asyncio.sleep(0.08)
+    alarm.close()
+    assert len(rings) == 1
+    assert rings[0] - began >= second - 0.001
+
+
+async def test_a_closed_alarm_rings_no_more() -> None:
+    rings: list[float] = []
+    for seconds in (0.002, 0.025):
+        alarm = FineClock().alarm(lambda: rings.append(monotonic()))
+        alarm.set(seconds)
+        alarm.close()
+    await asyncio.sleep(0.05)
+    assert rings == []

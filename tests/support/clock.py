@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+from collections.abc import Callable
 
 
 class FakeClock:
@@ -26,9 +27,16 @@ class FakeClock:
         if seconds <= 0:
             await asyncio.sleep(0)
             return
+        await self.wake_at(seconds)
+
+    def alarm(self, callback: Callable[[], None]) -> FakeAlarm:
+        return FakeAlarm(self, callback)
+
+    def wake_at(self, seconds: float) -> asyncio.Future[None]:
+        """A future that `advance` completes when that much has passed."""
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._sleepers, (self._monotonic + seconds, next(self._order), woken))
-        await woken
+        return woken
 
     @property
     def sleeping(self) -> int:
@@ -46,6 +54,24 @@ class FakeClock:
                 await settle()
         self._monotonic = end
         await settle()
+
+
+class FakeAlarm:
+    """Keeps the contract of proxy.control.prober.Alarm."""
+
+    def __init__(self, clock: FakeClock, callback: Callable[[], None]) -> None:
+        self._clock = clock
+        self._callback = callback
+        self._woken: asyncio.Future[None] | None = None
+
+    def set(self, seconds: float) -> None:
+        self.close()
+        self._woken = self._clock.wake_at(seconds)
+        self._woken.add_done_callback(lambda woken: None if woken.cancelled() else self._callback())
+
+    def close(self) -> None:
+        if self._woken is not None:
+            self._woken.cancel()
 
 
 async def settle(turns: int = 20) -> None:
