@@ -23,6 +23,7 @@ class Code(enum.StrEnum):
     UNKNOWN_HOST = "WD09"
     EXPECTATION_FAILED = "WD10"
     CLIENT_GONE = "WD11"
+    BODY_TOO_LARGE = "WD12"
     IDLE_TIMEOUT = "WD13"
     # Fly's: refused, reset and timed-out connections to machines
     CONNECT_REFUSED = "PC01"
@@ -44,6 +45,23 @@ class Code(enum.StrEnum):
     WAKE_HELD = "WM01"  # the breaker is open: recent starts failed, the next try comes later
     TOO_MANY_WAITERS = "WM02"
     CONTROL_UNAVAILABLE = "WM03"  # nothing runs, and the process that starts machines is not there
+    WAKE_IGNORED = "WM04"  # the app sleeps, and its rules say that this request does not wake it
+    WAKE_BUDGET = "WM05"  # the app sleeps, and this source (or all together) has caused enough starts for now
+    WAKE_PAGE = "WM06"  # a browser was shown the waiting page
+    # access rules and limits of an app
+    ACCESS_DENIED = "WA01"
+    SOURCE_CONNECTIONS = "PL01"
+    SOURCE_REQUESTS = "PL02"
+    QUEUE_FULL = "WQ01"
+    QUEUE_TIMEOUT = "WQ02"
+    # Fly's: replay
+    REPLAY_BODY_GONE = "PA01"  # the body was more than is kept
+    REPLAY_LOOP = "PA02"
+    REPLAY_INVALID = "PA03"
+    REPLAY_APP_UNKNOWN = "PA04"
+    REPLAY_APP_FORBIDDEN = "PA05"
+    REPLAY_UNREACHED = "WR01"  # nothing that the replay names could be reached
+    FORCED_UNREACHED = "WR02"  # the machine that the client forces is not there, or takes nothing
     # Fly's: TLS
     TLS_RATE_SOURCE = "PT01"
     TLS_CANCELLED = "PT03"
@@ -53,6 +71,7 @@ class Code(enum.StrEnum):
     TLS_TIMEOUT = "PT08"
     TLS_INTERNAL = "PT09"
     # Fly's: no machine to send to
+    NO_HEALTHY = "PR01"
     MACHINE_GONE = "PR02"
     NO_CANDIDATE_AFTER_RETRIES = "PR03"
     NO_CANDIDATE = "PR04"
@@ -105,6 +124,12 @@ def http_status(code: Code) -> int:
             return 417
         case Code.MISDIRECTED:
             return 421
+        case Code.ACCESS_DENIED:
+            return 403
+        case Code.BODY_TOO_LARGE:
+            return 413
+        case Code.SOURCE_REQUESTS | Code.SOURCE_CONNECTIONS:
+            return 429
         case Code.HEAD_TOO_LARGE:
             return 431
         case Code.UNKNOWN_HOST:
@@ -116,12 +141,15 @@ def http_status(code: Code) -> int:
         case (
             Code.CONNECT_REFUSED | Code.CONNECT_RESET | Code.CONNECT_IO | Code.REQUEST_UNFINISHED
             | Code.RESPONSE_INVALID | Code.BODY_UNFINISHED | Code.UPGRADE_REFUSED | Code.MACHINE_GONE
+            | Code.REPLAY_BODY_GONE | Code.REPLAY_LOOP | Code.REPLAY_INVALID | Code.REPLAY_APP_UNKNOWN
+            | Code.REPLAY_APP_FORBIDDEN | Code.REPLAY_UNREACHED | Code.FORCED_UNREACHED
         ):  # fmt: skip
             return 502
         case (
             Code.WAKE_HELD | Code.TOO_MANY_WAITERS | Code.CONTROL_UNAVAILABLE | Code.NO_CANDIDATE
             | Code.NO_CANDIDATE_AFTER_RETRIES | Code.START_FAILED | Code.NOT_STARTABLE | Code.START_CANCELLED
-            | Code.WAKE_INTERNAL
+            | Code.WAKE_INTERNAL | Code.WAKE_IGNORED | Code.WAKE_BUDGET | Code.WAKE_PAGE | Code.QUEUE_FULL
+            | Code.QUEUE_TIMEOUT | Code.NO_HEALTHY
         ):  # fmt: skip
             return 503
         case Code.CONNECT_TIMEOUT | Code.FIRST_BYTE_TIMEOUT | Code.RESPONSE_STALLED | Code.WAKE_TIMEOUT:

@@ -49,6 +49,15 @@ class ConcurrencyType(enum.StrEnum):
     REQUESTS = "requests"  # counts HTTP requests; upstream connections are pooled
 
 
+class Balance(enum.StrEnum):
+    """How one of several running machines is chosen (spec routing §5.1; all but `fly` are ours)."""
+
+    FLY = "fly"  # bands: below the soft limit before above it; a draw among equals
+    LEAST_LOADED = "least-loaded"  # the less loaded of two drawn
+    PEAK_EWMA = "peak-ewma"  # of two drawn, the lower product of load and recent response time
+    APP_LOAD = "app-load"  # of two drawn, the lower load that the app itself reported
+
+
 class WakeOn(enum.StrEnum):
     HELLO = "hello"  # the ClientHello that names the app starts it
     REQUEST = "request"  # only a whole request head starts it
@@ -58,6 +67,55 @@ class RestartPolicy(enum.StrEnum):
     NO = "no"
     ON_FAILURE = "on-failure"
     ALWAYS = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayCacheRule:
+    """A session cache of replay decisions (fly.toml `http_options.replay_cache`, spec routing §4.2)."""
+
+    path_prefix: str  # may begin with a host name
+    ttl_s: int
+    kind: str  # cookie | header
+    name: str
+    allow_bypass: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRules:
+    """Who may use an app and how much. Sources are client addresses; networks are in CIDR notation."""
+
+    allow: tuple[str, ...] = ()  # empty: everyone who is not denied
+    deny: tuple[str, ...] = ()  # wins over `allow`
+    requests_per_s: float | None = None  # of one source, in each worker's share of them; None = no limit
+    requests_burst: int = 20
+    connections: int | None = None  # open at once from one source, in each worker
+    handshakes_per_s: float | None = None  # TLS handshakes begun by one source for the app's names
+    max_body_bytes: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self == AccessRules()
+
+
+@dataclass(frozen=True, slots=True)
+class WakeRules:
+    """Requests that do not wake an app; they are answered 503 where nothing runs."""
+
+    ignore_paths: tuple[str, ...] = ()  # globs over the path without its query: "/healthz", "/wp-*"
+    ignore_methods: tuple[str, ...] = ()
+    ignore_agents: tuple[str, ...] = ()  # parts of a User-Agent, whatever their case
+    ignore_sources: tuple[str, ...] = ()  # networks
+    starts_per_source_s: float | None = None  # starts a second that requests of one source may cause in a worker
+    starts_per_s: float | None = None  # and of all sources
+    waiting_page: bool = False  # browsers are shown a page that asks again, instead of being held
+
+
+@dataclass(frozen=True, slots=True)
+class StickyCookie:
+    """A cookie of ours that keeps a client at its machine as long as that can take it."""
+
+    name: str = "wakefront-sticky"
+    ttl_s: float = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +135,7 @@ class Port:
     h2_backend: bool = False
     compress: bool = False
     pristine: bool = False
+    replay_cache: tuple[ReplayCacheRule, ...] = ()
     # (name as written, values): None removes the header from the response, a tuple sets it (one line per value)
     response_headers: tuple[tuple[str, tuple[str, ...] | None], ...] = ()
 
@@ -139,6 +198,8 @@ class Machine:
     # why it is not to be started now (breaker), shown to clients as the reason; None = may be started
     hold_reason: str | None = None
     hold_until: float = 0.0  # unix seconds at which a start may be tried again
+    failing_ports: tuple[int, ...] = ()  # internal ports of services with a check that does not pass
+    started_at: float = 0.0  # unix seconds of its last start or resume; 0 = not known
 
     def endpoint(self, internal_port: int) -> Endpoint | None:
         for endpoint in self.endpoints:
@@ -155,6 +216,10 @@ class AppLimits:
     first_byte_timeout_s: float | None = 300.0  # from the request's last byte to the response head
     idle_timeout_s: float = 300.0  # no byte either way in the middle of an exchange or tunnel
     max_waiters: int = 10_000  # requests held while a machine starts
+    queue_timeout_s: float = 10.0  # a request may wait this long for a machine below its hard limit
+    max_queued: int = 1000  # requests that may wait so, in each worker
+    replay_memory_bytes: int = 1_048_576  # of a request's body, kept so that it can be replayed
+    replay_spool_bytes: int = 268_435_456  # and beyond that in a file, for apps that replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,3 +235,10 @@ class App:
     wake_timeout_s: float = 60.0
     primary_region: RegionCode | None = None
     limits: AppLimits = AppLimits()
+    balance: Balance = Balance.FLY
+    sticky: StickyCookie | None = None
+    access: AccessRules = AccessRules()
+    wake_rules: WakeRules = WakeRules()
+    organization: str = "personal"  # apps of one organization may replay to each other
+    replay_sources: tuple[str, ...] = ()  # other organizations whose apps may replay to this one
+    keeps_bodies: bool = False  # bodies are kept for a replay beyond memory from the first request on
