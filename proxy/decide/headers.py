@@ -34,6 +34,14 @@ _CLIENTS_OWN = frozenset(
     }
 )  # fmt: skip
 
+# What a machine says to us, not to the client: replay and its cache (spec routing §2, §4), its own load (ours).
+_TO_US = frozenset(
+    {
+        b"fly-replay", b"fly-replay-cache", b"fly-replay-cache-ttl-secs", b"fly-replay-cache-allow-bypass",
+        b"wakefront-machine-load",
+    }
+)  # fmt: skip
+
 # Trailers that would change framing, routing or trust if merged (RFC 9110 §6.5.1): never passed.
 _NOT_IN_TRAILERS = frozenset(
     {b"host", b"authorization", b"cookie", b"set-cookie", b"content-type", b"content-encoding", b"content-range",
@@ -52,8 +60,13 @@ def _is_dropped_from_response(lower: bytes) -> bool:
     return lower in _HOP_BY_HOP or lower == b"wakefront-error"
 
 
-REQUEST_RULES = FieldRules(_is_dropped_from_request)
-RESPONSE_RULES = FieldRules(_is_dropped_from_response, of_response=True)
+def is_reserved(lower: bytes) -> bool:
+    """Whether a request field's name (lower case) is one that only we write: framing, hop-by-hop, identity, `fly-*`."""
+    return lower in _CLIENTS_OWN or lower == b"host" or _is_dropped_from_request(lower)
+
+
+REQUEST_RULES = FieldRules(_is_dropped_from_request, noted=_CLIENTS_OWN)
+RESPONSE_RULES = FieldRules(_is_dropped_from_response, of_response=True, taken=_TO_US)
 
 
 def identity_fields(

@@ -137,9 +137,9 @@ class Exchange:
         if port.force_https and not stream.is_tls:
             self._redirect()
             return
-        running = port.service.running
-        if len(running) == 1 and self.tried is None:
-            self._attempt(running[0])
+        machine = port.service.sole
+        if machine is not None and self.tried is None:
+            self._attempt(machine)
         else:
             self._choose()
 

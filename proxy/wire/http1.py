@@ -11,7 +11,7 @@ A body of known length goes round the parser once its head has been judged: its 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import httptools
@@ -61,6 +61,7 @@ class RequestHead:
         "listed_hops",
         "method",
         "minor",
+        "noted",
         "passed",
         "target",
         "upgrade",
@@ -77,6 +78,7 @@ class RequestHead:
     upgrade: bytes | None  # protocol asked for, when it is one that we pass on
     expects_continue: bool  # until a 100 has come, or the body after all
     listed_hops: frozenset[bytes]  # names that the Connection field declares hop-by-hop, lower case
+    noted: Sequence[tuple[bytes, bytes]]  # fields that steer, as the rules name them: lower-case name and value
 
     @property
     def fields(self) -> Headers:
@@ -87,7 +89,7 @@ class RequestHead:
 class ResponseHead:
     """One response's head. `length` is a byte count, CHUNKED or UNTIL_CLOSE (also: none declared, for HEAD and 304)."""
 
-    __slots__ = ("keep_alive", "length", "listed_hops", "passed", "reason", "server", "status", "upgrade")
+    __slots__ = ("keep_alive", "length", "listed_hops", "noted", "passed", "reason", "server", "status", "upgrade")
 
     status: int
     reason: bytes
@@ -97,6 +99,7 @@ class ResponseHead:
     length: int
     keep_alive: bool
     listed_hops: frozenset[bytes]
+    noted: Sequence[tuple[bytes, bytes]]  # what the machine says to us, and a content type that does
 
     @property
     def fields(self) -> Headers:
@@ -124,7 +127,10 @@ class ResponseSink(Protocol):
 
 # --- what a field name means, remembered by the spelling received
 
-_PASSED, _DROPPED, _HOST, _LENGTH, _ENCODING, _CONNECTION, _UPGRADE, _EXPECT, _SERVER, _REFUSED = range(10)
+(
+    _PASSED, _DROPPED, _HOST, _LENGTH, _ENCODING, _CONNECTION, _UPGRADE, _EXPECT, _SERVER, _REFUSED, _NOTED, _TAKEN,
+    _TYPE,
+) = range(13)  # fmt: skip
 _FRAMING = {
     b"host": _HOST,
     b"content-length": _LENGTH,
@@ -142,12 +148,23 @@ class FieldRules:
     A spelling is judged once and remembered, up to a bound, so that a usual field costs one look-up.
     """
 
-    __slots__ = ("_drops", "_of_response", "kinds")
+    __slots__ = ("_drops", "_noted", "_of_response", "_taken", "kinds")
 
-    def __init__(self, drops: Callable[[bytes], bool], of_response: bool = False) -> None:
-        """`drops(name)`, given a lower-case name, says whether the field ends here."""
+    def __init__(
+        self,
+        drops: Callable[[bytes], bool],
+        of_response: bool = False,
+        noted: frozenset[bytes] = frozenset(),
+        taken: frozenset[bytes] = frozenset(),
+    ) -> None:
+        """`drops(name)`, given a lower-case name, says whether the field ends here.
+
+        Fields named in `noted` are passed and put beside in `head.noted`; those in `taken` only put there.
+        """
         self._drops = drops
         self._of_response = of_response
+        self._noted = noted
+        self._taken = taken
         self.kinds: dict[bytes, int] = {}
 
     def judge(self, name: bytes) -> int:
@@ -160,10 +177,16 @@ class FieldRules:
             kind = _PASSED
         if b"_" in lower and not self._of_response and lower.replace(b"_", b"-") in _FRAMING:
             kind = _REFUSED  # an origin that maps `_` to `-`, as CGI does, would read a second framing field
+        elif lower in self._taken:
+            kind = _TAKEN
         elif kind == _PASSED and self._drops(lower):
             kind = _DROPPED
+        elif lower in self._noted:
+            kind = _NOTED
         elif self._of_response and lower == b"server":
             kind = _SERVER
+        elif self._of_response and self._taken and lower == b"content-type":
+            kind = _TYPE
         if len(self.kinds) < _SPELLINGS_MAX:
             self.kinds[name] = kind
         return kind
@@ -203,6 +226,8 @@ def _bad(detail: str) -> ProxyError:
 
 
 _NO_HOPS: frozenset[bytes] = frozenset()
+_NOTHING: tuple[tuple[bytes, bytes], ...] = ()
+REPLAY_TYPE = b"application/vnd.fly.replay+json"
 _USUAL_CONNECTION = frozenset(
     {b"keep-alive", b"Keep-Alive", b"close", b"Close", b"upgrade", b"Upgrade", b"keep-alive, Upgrade"}
 )
@@ -249,6 +274,7 @@ class RequestReader:
         "_last",
         "_length",
         "_limits",
+        "_noted",
         "_overhead",
         "_parser",
         "_passed",
@@ -289,6 +315,7 @@ class RequestReader:
         self._connection: frozenset[bytes] = _NO_HOPS
         self._upgrade: bytes | None = None
         self._expects = False
+        self._noted: list[tuple[bytes, bytes]] | None = None
 
     @property
     def is_between_requests(self) -> bool:
@@ -407,7 +434,10 @@ class RequestReader:
             self._add((name, b": ", value, b"\r\n"))
             return
         self._special = True
-        if kind == _LENGTH:
+        if kind == _NOTED:
+            self._note(name.lower(), value)
+            self._add((name, b": ", value, b"\r\n"))
+        elif kind == _LENGTH:
             self._length = length = _length_of(value)
             if length < 0:
                 raise _bad("a Content-Length of 2^63 or more")
@@ -428,6 +458,11 @@ class RequestReader:
                 self._add((name, b": ", value, b"\r\n"))
         else:
             raise _bad("a field name that may not pass")
+
+    def _note(self, lower: bytes, value: bytes) -> None:
+        if self._noted is None:
+            self._noted = []
+        self._noted.append((lower, value))
 
     def on_headers_complete(self) -> None:
         parser = self._parser
@@ -462,6 +497,7 @@ class RequestReader:
         else:
             head.length = 0
             head.listed_hops = _NO_HOPS
+            head.noted = _NOTHING
             head.expects_continue = False
             head.upgrade = None
         self._head = head
@@ -491,6 +527,7 @@ class RequestReader:
         if length == CHUNKED and not minor:
             raise _bad("a Transfer-Encoding in HTTP/1.0")
         head.listed_hops = self._connection
+        head.noted = self._noted or _NOTHING
         head.expects_continue = self._expects
         head.upgrade = None
         if self._upgrade is not None and self._parser.should_upgrade():
@@ -504,6 +541,7 @@ class RequestReader:
         self._connection = _NO_HOPS
         self._upgrade = None
         self._expects = False
+        self._noted = None
 
     def on_body(self, data: bytes) -> None:
         self._body_seen += len(data)
@@ -554,6 +592,7 @@ class ResponseReader:
         "_kinds",
         "_length",
         "_limits",
+        "_noted",
         "_parser",
         "_passed",
         "_reason",
@@ -589,6 +628,7 @@ class ResponseReader:
         self._connection: frozenset[bytes] = _NO_HOPS
         self._upgrade = b""
         self._server: tuple[bytes, bytes] | None = None
+        self._noted: list[tuple[bytes, bytes]] | None = None
 
     def expect(self, head_only: bool) -> None:
         """A request was sent; `head_only` if it was HEAD, whose answer has no body whatever its fields say."""
@@ -699,8 +739,14 @@ class ResponseReader:
             self._on_special(kind, name, value)
 
     def _on_special(self, kind: int, name: bytes, value: bytes) -> None:
-        if kind == _SERVER:
+        if kind == _TYPE:
+            self._add((name, b": ", value, b"\r\n"))
+            if value[:31].lower() == REPLAY_TYPE and value[31:32] in (b"", b";", b" "):
+                self._note(b"content-type", value)
+        elif kind == _SERVER:
             self._server = (name, value)
+        elif kind == _TAKEN:
+            self._note(name.lower(), value)
         elif kind == _ENCODING:
             if value.lower() != b"chunked" or self._length == CHUNKED or self._parser.get_http_version() != "1.1":
                 raise _invalid("a Transfer-Encoding other than one `chunked` in HTTP/1.1")
@@ -712,6 +758,11 @@ class ResponseReader:
             self._upgrade = value
         else:
             raise _invalid("a field name that may not pass")
+
+    def _note(self, lower: bytes, value: bytes) -> None:
+        if self._noted is None:
+            self._noted = []
+        self._noted.append((lower, value))
 
     def on_headers_complete(self) -> None:
         parser = self._parser
@@ -725,6 +776,7 @@ class ResponseReader:
             raise _invalid("too many header fields")
         length = self._length
         head.listed_hops = self._connection
+        head.noted = self._noted or _NOTHING
         if status < 200 or status == 204:
             head.length = 0
         elif self._head_only or status == 304:
@@ -750,6 +802,7 @@ class ResponseReader:
         self._connection = _NO_HOPS
         self._upgrade = b""
         self._server = None
+        self._noted = None
         self.sink.on_response_head(head)
 
     def on_body(self, data: bytes) -> None:
