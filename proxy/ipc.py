@@ -140,6 +140,13 @@ class CordonLift(Message, frozen=True):
     machine: MachineId
 
 
+class EndTunnels(Message, frozen=True):
+    """The machine is about to be stopped: end what it has open, WebSockets with 1001 (RFC 6455 §7.4.1, going away)."""
+
+    app: AppName
+    machine: MachineId
+
+
 class CertificateReady(Message, frozen=True):
     """The record of this name is in the certificate file, or there will be none and why."""
 
@@ -150,7 +157,7 @@ class CertificateReady(Message, frozen=True):
 ToControl = WorkerHello | Wake | NeedCertificate | CordonAck | PassiveFailure
 ToWorker = (
     Settings | TableStart | TableEnd | AppSet | AppGone | MachineSet | WakeDone | CordonAsk | CordonLift
-    | CertificateReady
+    | EndTunnels | CertificateReady
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -40,6 +40,7 @@ TO_WORKER = [
     ipc.WakeDone(AppName("hello"), MACHINE.id, 8, "PM03", "nothing listened", 5),
     ipc.CordonAsk(AppName("hello"), MACHINE.id, 9),
     ipc.CordonLift(AppName("hello"), MACHINE.id),
+    ipc.EndTunnels(AppName("hello"), MACHINE.id),
     ipc.CertificateReady("hello.apps.test", "no such app"),
 ]
 
