@@ -35,6 +35,7 @@ from proxy.ipc import (
     CordonAck,
     CordonAsk,
     CordonLift,
+    EndTunnels,
     FrameReader,
     MachineSet,
     Message,
@@ -55,6 +56,7 @@ from proxy.state import W_LOOP_LAG_US, SharedMemory
 BEAT_S = 0.5
 LINK_BUFFER_MAX = 4 * 1024 * 1024
 FD_RESERVE = 512
+GOODBYE_WAIT_S = 2.5  # for tunnels told that the worker stops
 
 log = logging.getLogger("worker")
 
@@ -170,7 +172,7 @@ class Worker:
             for listener in listeners:
                 listener.end_tunnels()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._gate.wait_empty(), 1.0)
+                await asyncio.wait_for(self._gate.wait_empty(), GOODBYE_WAIT_S)
             if self._gate.open:
                 log.warning("%d connections were cut after the drain timeout of %g s", self._gate.open, deadline)
 
@@ -282,6 +284,7 @@ class Worker:
         WakeDone: lambda self, message: self.edge.waker.on_wake_done(message),
         CordonAsk: _on_cordon,
         CordonLift: lambda self, message: self.edge.table.soft_cordon(message.app, message.machine, False),
+        EndTunnels: lambda self, message: self.edge.table.end_tunnels(message.app, message.machine),
         CertificateReady: _on_certificate,
     }
 

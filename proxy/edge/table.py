@@ -13,13 +13,14 @@ from proxy.decide.headers import ResponseRules
 from proxy.model import App, AppName, Machine, MachineId, MachineState, Port, Service
 
 if TYPE_CHECKING:
+    from proxy.edge.relay import Tunnel
     from proxy.edge.upstream import Pool
 
 
 class MachineView:
     """A machine and this worker's dealings with it."""
 
-    __slots__ = ("app", "pools", "record", "slot", "soft_cordoned")
+    __slots__ = ("app", "pools", "record", "slot", "soft_cordoned", "tunnels")
 
     def __init__(self, app: AppName, record: Machine) -> None:
         self.app = app
@@ -27,6 +28,7 @@ class MachineView:
         self.slot = record.slot
         self.soft_cordoned = False
         self.pools: dict[int, Pool] = {}
+        self.tunnels: set[Tunnel] = set()  # open to it through this worker
 
     @property
     def takes_requests(self) -> bool:
@@ -223,6 +225,13 @@ class Table:
         if app is not None and view is not None:
             view.soft_cordoned = on
             app.refresh()
+
+    def end_tunnels(self, name: AppName, machine_id: MachineId) -> None:
+        """A machine is about to be stopped: what it has open is told so, and ended."""
+        app = self.apps.get(name)
+        view = app.machines.get(machine_id) if app is not None else None
+        for tunnel in list(view.tunnels) if view is not None else ():
+            tunnel.going_away()
 
     def port_kind(self, public_port: int) -> str:
         """`tls`, `plain` or `mixed`: what arrives on a public port, as its apps' handlers have it."""

@@ -199,6 +199,78 @@ async def test_draining_ends_tunnels_when_told_to(edge: EdgeHarness) -> None:
     assert await asyncio.wait_for(reader.read(), 5) == b""
 
 
+# --- machines that are about to be stopped
+
+WEBSOCKET = b"GET / HTTP/1.1\r\nHost: hello.apps.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+SWITCH_WS = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+GOING_AWAY = b"\x88\x0c\x03\xe9going away"
+
+
+async def test_a_websocket_is_told_1001_between_two_frames_and_then_hears_no_more(edge: EdgeHarness) -> None:
+    go_on = asyncio.Event()
+    heard = bytearray()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(SWITCH_WS + b"\x81\x05hel")  # a frame that has not come whole
+        await go_on.wait()
+        writer.write(b"lo\x81\x03too")
+        writer.write(b"\x81\x04late")
+        heard.extend(await reader.read())
+
+    origin = await edge.origin(handle)
+    machine = edge.machine(origin.port)
+    edge.set_app(edge.app(machine))
+    reader, writer = await edge.connect()
+    writer.write(WEBSOCKET)
+    await reader.readuntil(b"\r\n\r\n")
+    assert await reader.readexactly(5) == b"\x81\x05hel"
+    edge.edge.table.end_tunnels(AppName("hello"), machine.id)
+    go_on.set()
+    told = await asyncio.wait_for(reader.readuntil(GOING_AWAY), 5)
+    assert told[: -len(GOING_AWAY)] in (b"lo", b"lo\x81\x03too", b"lo\x81\x03too\x81\x04late")
+    writer.write(b"\x88\x82\x00\x00\x00\x00\x03\xe9")  # the client says goodbye too, and leaves
+    writer.close()
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    async with asyncio.timeout(5):
+        while not heard:
+            await asyncio.sleep(0.01)
+    assert bytes(heard) == b"\x88\x82\x00\x00\x00\x00\x03\xe9"
+
+
+async def test_a_client_that_does_not_close_after_1001_is_cut_off(edge: EdgeHarness) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(SWITCH_WS)
+        await reader.read()
+
+    origin = await edge.origin(handle)
+    machine = edge.machine(origin.port)
+    edge.set_app(edge.app(machine))
+    reader, writer = await edge.connect()
+    writer.write(WEBSOCKET)
+    await reader.readuntil(b"\r\n\r\n")
+    edge.edge.table.end_tunnels(AppName("hello"), machine.id)
+    assert await asyncio.wait_for(reader.read(), 5) == GOING_AWAY
+    assert edge.edge.in_flight(machine.slot) == 0
+
+
+async def test_a_tunnel_of_another_protocol_is_just_closed_when_its_machine_stops(edge: EdgeHarness) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(SWITCH)
+        await reader.read()
+
+    origin = await edge.origin(handle)
+    machine = edge.machine(origin.port)
+    edge.set_app(edge.app(machine))
+    reader, writer = await edge.connect()
+    writer.write(UPGRADE)
+    await reader.readuntil(b"\r\n\r\n")
+    edge.edge.table.end_tunnels(AppName("hello"), machine.id)
+    assert await asyncio.wait_for(reader.read(), 0.9) == b""
+
+
 # --- apps that change meanwhile
 
 
