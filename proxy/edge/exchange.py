@@ -180,7 +180,7 @@ class Exchange:
         running = service.running
         if self.tried:
             running = [one for one in running if one.record.id not in self.tried]
-        machine = choose_machine(running, edge.in_flight, service.record.soft_limit, edge.rng)
+        machine = choose_machine(running, edge.in_flight, service.record.soft_limit, None, edge.rng)
         if machine is not None:
             self._attempt(machine)
             return
