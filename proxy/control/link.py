@@ -145,6 +145,9 @@ class Hub:
                 cordon.done.set_result(None)
             self._broadcast(ipc.encode(ipc.CordonLift(machine.app.name, machine.id)))
 
+    def end_tunnels(self, machine: Owned) -> None:
+        self._broadcast(ipc.encode(ipc.EndTunnels(machine.app.name, machine.id)))
+
     def _judge(self, cordon: _Cordon) -> None:
         """Done when every slot has acknowledged over its present link, or has no process for certain."""
         if cordon.done.done():

@@ -19,6 +19,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from signal import SIGKILL
 from typing import Any, Protocol
 
 from proxy.clock import spawn
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 _VERSIONS_PER_EPOCH = 20  # bits
 _OTHER_PORTS_S = 2.0  # what the second and further ports of a machine get once the first one answers
 _DRAIN_POLL_S = 0.05
+_GOODBYE_S = 1.0  # what tunnels get to end, once workers were told to end them
 _RECHECK_S = 1.0
 _TELL_S = 0.005
 _NOTE_S = 0.005
@@ -51,6 +53,9 @@ class Cordons(Protocol):
         """True once every live worker has acknowledged; False when that took too long."""
 
     def lift(self, machine: Owned) -> None: ...
+
+    def end_tunnels(self, machine: Owned) -> None:
+        """Have workers end what is open to it, WebSockets with 1001."""
 
 
 class Refused(Exception):
@@ -161,7 +166,7 @@ class Owned:
         return Machine(
             id=self.id, region=self.region, group=row.group, state=self.state, version=row.version, slot=row.slot,
             endpoints=self.spec.endpoints, netns_pid=self.running.netns_pid if self.running else 0,
-            hold_reason=row.hold_reason, hold_until=row.hold_until,
+            cordoned=row.cordoned, hold_reason=row.hold_reason, hold_until=row.hold_until,
         )  # fmt: skip
 
 
@@ -636,7 +641,7 @@ class Fleet:
             if drain_s is not None:
                 await self._cordons.cordon(machine)
                 self._cordons.lift(machine)
-                await self._drain(machine, drain_s)
+                await self._say_goodbye(machine, drain_s if signal == SIGKILL else max(drain_s, _GOODBYE_S))
             await machine.driver.stop(
                 machine.id, spec.kill_signal if signal is None else signal,
                 spec.kill_timeout_s if timeout_s is None else timeout_s,
@@ -653,10 +658,14 @@ class Fleet:
         finally:
             self._ended(machine)
 
-    async def _drain(self, machine: Owned, seconds: float) -> None:
+    async def _say_goodbye(self, machine: Owned, seconds: float) -> None:
+        """Workers choose it no more: end its tunnels, and give all that is open so long to finish."""
+        leaving = machine.state
+        if self._memory.in_flight(machine.row.slot) > 0:
+            self._cordons.end_tunnels(machine)
         limit = self._clock.monotonic() + seconds
         while self._memory.in_flight(machine.row.slot) > 0 and self._clock.monotonic() < limit:
-            if machine.state is not MachineState.STOPPING:  # it ended by itself
+            if machine.state is not leaving:  # it ended by itself
                 return
             await self._clock.sleep(_DRAIN_POLL_S)
 
@@ -680,6 +689,9 @@ class Fleet:
 
     async def _suspend_steps(self, machine: Owned, or_stop: bool) -> None:
         try:
+            await self._say_goodbye(machine, _GOODBYE_S)
+            if machine.state is not MachineState.SUSPENDING:  # it ended by itself
+                return
             await machine.driver.suspend(machine.id)
             if machine.state is MachineState.SUSPENDING:
                 self._change(machine, Change.FROZEN)
@@ -711,6 +723,8 @@ class Fleet:
         try:
             if not await self._cordons.cordon(machine):
                 return False
+            if drain_s and not won.done() and self._memory.in_flight(machine.row.slot):
+                self._cordons.end_tunnels(machine)
             limit = self._clock.monotonic() + drain_s
             while self._memory.in_flight(machine.row.slot) and self._clock.monotonic() < limit and not won.done():
                 await self._clock.sleep(_DRAIN_POLL_S)
@@ -724,6 +738,31 @@ class Fleet:
         finally:
             machine.handshake = None
             self._cordons.lift(machine)  # after the new state, so that nothing is sent in between
+
+    async def cordon(self, machine: Owned) -> bool:
+        """Send it nothing new until `uncordon`; what it has goes on. True once every live worker keeps to that."""
+        self._set_cordoned(machine, True)
+        if machine.handshake is not None or not self._is_steady(machine):
+            return True  # nothing was sent to it anyway, or a handshake of its own sees to that
+        machine.handshake = asyncio.get_running_loop().create_future()
+        try:
+            return await self._cordons.cordon(machine)
+        finally:
+            machine.handshake = None
+            self._cordons.lift(machine)
+
+    def uncordon(self, machine: Owned) -> None:
+        self._set_cordoned(machine, False)
+
+    def _set_cordoned(self, machine: Owned, cordoned: bool) -> None:
+        row = machine.row
+        if row.cordoned is not cordoned:
+            row.cordoned = cordoned
+            row.version = self._next_version(row.version)
+            row.updated_at = self._clock.unix()
+            self._store.save(row)
+            self._event(machine, "cordon" if cordoned else "uncordon", row.state, "user")
+            self._tell(machine)
 
     def _is_steady(self, machine: Owned) -> bool:
         return machine.state is MachineState.STARTED and machine.flight is None and machine.ending is None
@@ -796,13 +835,15 @@ class Fleet:
 
     # --- waiting for a state
 
-    async def wait_for(self, machine: Owned, states: Iterable[str], timeout_s: float) -> bool:
-        """True once it is in one of the states and nothing is under way that leaves it at once."""
+    async def wait_for(
+        self, machine: Owned, states: Iterable[str], timeout_s: float, is_enough: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """True once it is in one of the states and that `is_enough`, which is asked at every change and event."""
         wanted = frozenset(states)
         watcher: asyncio.Future[None] | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                while machine.row.state not in wanted:
+                while machine.row.state not in wanted or not is_enough():
                     watcher = asyncio.get_running_loop().create_future()
                     machine.watchers.append(watcher)
                     await watcher
@@ -875,6 +916,8 @@ class Fleet:
     ) -> None:  # fmt: skip
         now = self._clock.unix() if at is None else at
         self._store.add_event(machine.id, Event(new_ulid(now), kind, status, source, int(now * 1000), request))
+        if machine.watchers:
+            self._tell_watchers(machine)
 
 
 def _done(result: WakeResult) -> asyncio.Future[WakeResult]:

@@ -34,6 +34,17 @@ _SCHEMA_VERSION = 1
 _SAVE = "INSERT OR REPLACE INTO machines VALUES (?, ?, ?)"
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to change a machine alone, for a while."""
+
+    nonce: str
+    expires_at: int  # unix seconds
+    owner: str
+    description: str
+    version: str  # the machine's instance_id when it was taken
+
+
 @dataclass(slots=True)
 class MachineRow:
     """All that is kept of a machine. `ports` are those of its endpoints by internal port."""
@@ -62,6 +73,9 @@ class MachineRow:
     oom_killed: bool = False
     created_at: float = 0.0
     updated_at: float = 0.0
+    cordoned: bool = False  # by an operator: it gets no new requests
+    metadata: dict[str, str] = field(default_factory=dict)  # as set by users; `fly_process_group` is not among it
+    lease: Lease | None = None  # the last one taken; it may have expired
 
 
 @dataclass(frozen=True, slots=True)

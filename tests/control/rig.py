@@ -70,6 +70,7 @@ class FakeCordons:
     gate: asyncio.Event | None = None
     asked: list[str] = field(default_factory=list)
     lifted: list[tuple[str, str]] = field(default_factory=list)  # machine and the state it was in then
+    ended_tunnels: list[tuple[str, str]] = field(default_factory=list)  # the same
     on_cordon: Callable[[Owned], None] = lambda machine: None
 
     async def cordon(self, machine: Owned) -> bool:
@@ -81,6 +82,9 @@ class FakeCordons:
 
     def lift(self, machine: Owned) -> None:
         self.lifted.append((machine.id, machine.row.state))
+
+    def end_tunnels(self, machine: Owned) -> None:
+        self.ended_tunnels.append((machine.id, machine.row.state))
 
 
 class Rig:
