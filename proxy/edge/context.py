@@ -10,6 +10,7 @@ from bisect import bisect_left
 from typing import Protocol
 
 from proxy.clock import unix
+from proxy.decide.ewma import MachineScores
 from proxy.decide.ulid import TraceMaker, UlidMaker
 from proxy.edge.access_log import AccessLog, Record
 from proxy.edge.table import Table
@@ -71,6 +72,7 @@ class EdgeContext:
         self.table = Table(public_ports, lambda slot: memory.app_base(worker, slot))
         self.public_ports = public_ports
         self.rng = random.Random()
+        self.scores = MachineScores()
         self.link = link
         self.waker = Waker(self.wheel, link, self.table, self.rng)
         self.ulids = UlidMaker(os.urandom(8))

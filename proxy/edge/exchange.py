@@ -12,18 +12,21 @@ made (`on_connected`), a machine being woken (`_on_woken`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from proxy.clock import monotonic_ns, unix
-from proxy.decide.balance import choose_machine
+from proxy.decide.balance import Preference, choose_machine
+from proxy.decide.ewma import LOAD_HEADER
 from proxy.decide.headers import redirect_target, request_head, response_framing, trailer_block
 from proxy.decide.retry import Step, next_step
 from proxy.decide.wake import Held, choose_to_wake
 from proxy.edge.access_log import Record
 from proxy.edge.relay import Tunnel
-from proxy.edge.table import AppView, MachineView, PortView
+from proxy.edge.steering import steer
+from proxy.edge.table import AppView, MachineView, PortView, ServiceView
 from proxy.edge.upstream import UpstreamConnection, pool_for
+from proxy.edge.waker import HealthWait
 from proxy.errors import Code, ProxyError, Source, http_status
 from proxy.ipc import PassiveFailure
 from proxy.model import AppName, MachineId
@@ -68,11 +71,10 @@ class Exchange:
 
     __slots__ = (
         "app", "attempts", "body_done", "bytes_in", "bytes_out", "chunked_out", "client_held", "close_after", "code",
-        "connecting", "counted_slot", "detail", "edge", "ended", "failed", "first_byte_ns", "head", "head_only",
-        "held", "held_bytes", "machine", "port", "request_id", "response", "sent_ns", "started_ns", "started_unix",
-        "status", "stream", "ticket", "trailers", "tried", "tunnel", "upstream", "upstream_full", "upstream_held",
-        "wake_machine",
-        "wake_ns", "wakes",
+        "connecting", "counted_slot", "detail", "edge", "ended", "extra", "failed", "first_byte_ns", "head",
+        "head_only", "health_wait", "held", "held_bytes", "machine", "port", "request_id", "response", "sent_ns",
+        "started_ns", "started_unix", "status", "stream", "ticket", "trailers", "tried", "tunnel", "upstream",
+        "upstream_full", "upstream_held", "wake_machine", "wake_ns", "wakes", "want",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeContext, stream: Stream, head: RequestHead) -> None:
@@ -89,6 +91,9 @@ class Exchange:
         self.upstream: UpstreamConnection | None = None
         self.connecting: asyncio.Task[None] | None = None
         self.counted_slot = -1
+        self.want: Preference | None = None  # what the client asks for
+        self.extra = b""  # header lines for the machine beside the usual ones
+        self.health_wait: HealthWait | None = None
         self.attempts = 0
         self.wakes = 0
         self.tried: set[MachineId] | None = None
@@ -137,11 +142,30 @@ class Exchange:
         if port.force_https and not stream.is_tls:
             self._redirect()
             return
-        machine = port.service.sole
-        if machine is not None and self.tried is None:
+        if head.noted and not steer(self):
+            return
+        self.choose()
+
+    def choose(self) -> None:
+        """Send it to a machine, or wait for one."""
+        assert self.port is not None
+        machine = self.port.service.sole
+        if machine is not None and self.tried is None and self.want is None:
             self._attempt(machine)
         else:
             self._choose()
+
+    def _choose_again(self) -> None:
+        """By the newest records: they may have been replaced while we waited."""
+        old = self.app
+        assert old is not None
+        app = self.edge.table.apps.get(old.name)
+        port = app.ports.get(self.stream.public_port) if app is not None else None
+        if app is None or port is None or not port.http or port.tls is not self.stream.is_tls:
+            self.refuse(ProxyError(Code.UNKNOWN_HOST, detail="the app was removed meanwhile"))
+            return
+        self.app, self.port = app, port
+        self.choose()
 
     def _misroute(self, app: AppView | None, port: PortView | None) -> None:
         """Nothing here serves this request: say which way."""
@@ -174,15 +198,61 @@ class Exchange:
         self._end(close=not self.body_done)
 
     def _choose(self) -> None:
-        port, edge = self.port, self.edge
-        assert port is not None and self.app is not None
+        port, app, edge, want = self.port, self.app, self.edge, self.want
+        assert port is not None and app is not None
         service = port.service
-        running = service.running
-        if self.tried:
-            running = [one for one in running if one.record.id not in self.tried]
-        machine = choose_machine(running, edge.in_flight, service.record.soft_limit, None, edge.rng)
-        if machine is not None:
-            self._attempt(machine)
+        if want is not None and (want.force is not None or want.prefer is not None) and self._named(want):
+            return
+        running: Sequence[MachineView] = service.running
+        if self.tried or (want is not None and want.exclude):
+            gone = (self.tried or set()) | (want.exclude if want is not None else frozenset())
+            running = [one for one in running if one.record.id not in gone]
+        elif app.has_failures:
+            running = app.without_failing(running, edge.wheel.now)
+        record = service.record
+        machine = choose_machine(
+            running, edge.in_flight, record.soft_limit, None, edge.rng, app.record.balance, edge.scores, edge.wheel.now
+        )
+        if machine is None:
+            self._choose_to_wake(service)
+            return
+        self._attempt(machine)
+        if len(service.machines) > len(service.running):
+            self._start_another(service)
+
+    def _named(self, want: Preference) -> bool:
+        """The machine that was asked for, if it can take the request or be woken; else whether that ends it."""
+        assert self.app is not None and self.port is not None
+        service = self.port.service
+        name = want.force or want.prefer
+        view = self.app.machines.get(name) if name is not None else None
+        if view is not None and view in service.machines and not (self.tried and view.record.id in self.tried):
+            if view.takes_requests:
+                if want.force or view in service.running:
+                    self._attempt(view)
+                    return True
+            elif service.record.autostart and not view.record.cordoned and (want.force or not service.running):
+                self._wake(view.record.id)
+                return True
+        if want.force is not None:
+            self.refuse(ProxyError(Code.FORCED_UNREACHED, Source.MACHINE, detail=f"machine {name} takes no requests"))
+            return True
+        self.extra += b"fly-preferred-instance-unavailable: %b\r\n" % str(name).encode("ascii")
+        self.want = Preference(None, None, want.exclude)
+        return False
+
+    def _start_another(self, service: ServiceView) -> None:
+        """Have one more machine started where all that run are at their soft limit; nobody waits for it."""
+        edge, record = self.edge, service.record
+        if not record.autostart or self.app is None:
+            return
+        if all(edge.in_flight(one.slot) >= record.soft_limit for one in service.running):
+            edge.waker.start_another(self.app, service)
+
+    def _choose_to_wake(self, service: ServiceView) -> None:
+        assert self.app is not None
+        if service.is_failing:
+            self._wait_for_health(service)
             return
         if not service.record.autostart:
             self.refuse(ProxyError(Code.NO_CANDIDATE, detail="no machine runs and autostart is off"))
@@ -200,6 +270,26 @@ class Exchange:
             self.refuse(ProxyError(Code.NO_CANDIDATE, detail="the app has no machine for this port"))
         else:
             self._wake(choice)
+
+    def _wait_for_health(self, service: ServiceView) -> None:
+        """Machines run, and the checks of none pass: wait for one that does (spec routing §5.4)."""
+        assert self.app is not None
+        edge, limits = self.edge, self.app.record.limits
+        if service.record.autostart:
+            edge.waker.start_another(self.app, service)
+        try:
+            self.health_wait = edge.waker.wait_for_health(service, self.app, limits.queue_timeout_s, self._on_healthy)
+        except ProxyError as error:
+            self.refuse(error)
+
+    def _on_healthy(self, error: ProxyError | None) -> None:
+        self.health_wait = None
+        if self.ended:
+            return
+        if error is not None:
+            self.refuse(error)
+        else:
+            self._go_on(self._choose_again)
 
     def _wake(self, machine: MachineId) -> None:
         assert self.app is not None
@@ -227,7 +317,7 @@ class Exchange:
         if error is not None:
             self.refuse(error)
         else:
-            self._go_on(self.run)  # by the newest records: they may have been replaced while we waited
+            self._go_on(self._choose_again)
 
     def _go_on(self, step: Callable[[], None]) -> None:
         """Take a step that nobody's connection is on the stack of: a fault in it must end this client's wait too."""
@@ -269,6 +359,9 @@ class Exchange:
             self.edge.link.send(
                 PassiveFailure(machine.app, machine.record.id, machine.record.version, error.code.value)
             )
+            if self.app is not None:
+                self.app.failed(machine, self.edge.wheel.now)
+            self.edge.scores.observe_failure(machine.slot, self.edge.wheel.now)
             self._go_on(lambda: self._after_failure(error))
 
     def _send(self, connection: UpstreamConnection) -> None:
@@ -278,9 +371,10 @@ class Exchange:
         self.upstream = connection
         connection.begin(self, self.head_only)
         self.sent_ns = monotonic_ns()
+        identity = stream.identity(head.minor, port.service.pooled or head.upgrade is not None)
         data = request_head(
             head,
-            stream.identity(head.minor, port.service.pooled or head.upgrade is not None),
+            identity + self.extra if self.extra else identity,
             self.request_id,
             int(self.started_unix * 1_000_000),
             edge.traces.next(),
@@ -362,12 +456,24 @@ class Exchange:
         stream, request, port = self.stream, self.head, self.port
         assert port is not None
         self.first_byte_ns = monotonic_ns()
+        if head.noted or port.watches:
+            self._watch(head)
         self.response = head
         self.status = head.status
         framing, self.chunked_out, must_close = response_framing(head, self.head_only, request.minor)
         # A body that is not whole yet may never be: then the connection's next byte is not a request.
         self.close_after = must_close or not self.body_done or request.upgrade is not None
         stream.send_head(head, port, self.request_id, framing, self.close_after)
+
+    def _watch(self, head: ResponseHead) -> None:
+        """What the answer tells of its machine."""
+        app, machine, edge = self.app, self.machine, self.edge
+        assert app is not None and machine is not None
+        now = edge.wheel.now
+        edge.scores.observe(machine.slot, now, (self.first_byte_ns - self.sent_ns) / 1e9)
+        for name, value in head.noted:
+            if name == LOAD_HEADER:
+                edge.scores.report(machine.slot, now, value)
 
     def _on_interim(self, head: ResponseHead) -> None:
         if head.status == 100 and self.head.expects_continue:
@@ -406,6 +512,8 @@ class Exchange:
             self.stream.send_data(data)
 
     def on_response_end(self, trailers: Headers) -> None:
+        if self.machine is not None and self.machine.passive is not None:
+            self.machine.passive.succeeded(self.edge.wheel.now)
         if self.chunked_out:
             self.stream.send_last_chunk(trailers)
         connection, self.upstream = self.upstream, None
@@ -576,6 +684,9 @@ class Exchange:
         if self.wake_machine is not None:
             self.edge.waker.cancel(self.wake_machine, self.ticket)
             self._wake_over()
+        if self.health_wait is not None:
+            self.health_wait.cancel()
+            self.health_wait = None
         if self.connecting is not None:
             self.connecting.cancel()
             self.connecting = None

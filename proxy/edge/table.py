@@ -6,11 +6,13 @@ One `AppView` per app, replaced or updated in one assignment when a record comes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from proxy.decide.balance import spared
+from proxy.decide.ewma import PassiveHealth
 from proxy.decide.headers import ResponseRules
-from proxy.model import App, AppName, Machine, MachineId, MachineState, Port, Service
+from proxy.model import App, AppName, Balance, Machine, MachineId, MachineState, Port, Service
 
 if TYPE_CHECKING:
     from proxy.edge.relay import Tunnel
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 class MachineView:
     """A machine and this worker's dealings with it."""
 
-    __slots__ = ("app", "pools", "record", "slot", "soft_cordoned", "tunnels")
+    __slots__ = ("app", "passive", "pools", "record", "slot", "soft_cordoned", "tunnels")
 
     def __init__(self, app: AppName, record: Machine) -> None:
         self.app = app
@@ -29,6 +31,7 @@ class MachineView:
         self.soft_cordoned = False
         self.pools: dict[int, Pool] = {}
         self.tunnels: set[Tunnel] = set()  # open to it through this worker
+        self.passive: PassiveHealth | None = None  # what requests have met there, once one has failed
 
     @property
     def takes_requests(self) -> bool:
@@ -63,16 +66,18 @@ class ServiceView:
         self.running = running = [one for one in started if port not in one.record.failing_ports]
         self.is_failing = bool(started) and not running
         self.slots = tuple(one.slot for one in running)
-        self.sole = running[0] if len(running) == 1 and self.record.hard_limit is None else None
+        self.sole = running[0] if len(self.machines) == 1 and running and self.record.hard_limit is None else None
 
 
 class PortView:
     """One public port of an app: where its requests go and what is done to them."""
 
-    __slots__ = ("force_https", "http", "idle_s", "record", "rules", "service", "tls")
+    __slots__ = ("force_https", "http", "idle_s", "record", "rules", "service", "tls", "watches")
 
-    def __init__(self, record: Port, service: ServiceView, idle_s: float) -> None:
+    def __init__(self, record: Port, service: ServiceView, idle_s: float, watches: bool) -> None:
+        """`watches`: the app's way to choose needs response times."""
         self.record = record
+        self.watches = watches
         self.idle_s = record.idle_timeout_s or idle_s
         self.service = service
         self.http = "http" in record.handlers
@@ -84,7 +89,7 @@ class PortView:
 class AppView:
     """An app, ready for requests."""
 
-    __slots__ = ("cells", "machines", "name", "ports", "record", "services")
+    __slots__ = ("cells", "has_failures", "machines", "name", "ports", "record", "services")
 
     def __init__(
         self, record: App, public_ports: Iterable[int], machines: dict[MachineId, MachineView], cells: int
@@ -94,16 +99,30 @@ class AppView:
         self.cells = cells  # first of the app's counters in this worker's part of shared memory
         self.machines = machines
         self.services = [ServiceView(service, machines.values()) for service in record.services]
+        self.has_failures = any(machine.passive is not None for machine in machines.values())
         self.ports: dict[int, PortView] = {}
         for service in self.services:
             for port in service.record.ports:
                 for public in public_ports:
                     if port.start <= public <= port.end and public not in self.ports:
-                        self.ports[public] = PortView(port, service, record.limits.idle_timeout_s)
+                        self.ports[public] = PortView(
+                            port, service, record.limits.idle_timeout_s, record.balance is Balance.PEAK_EWMA
+                        )
 
     def refresh(self) -> None:
         for service in self.services:
             service.refresh()
+
+    def failed(self, machine: MachineView, now: float) -> None:
+        """A request could not be delivered to this machine, or got no answer from it."""
+        if machine.passive is None:
+            machine.passive = PassiveHealth()
+        machine.passive.failed(now)
+        self.has_failures = True
+
+    def without_failing(self, running: Sequence[MachineView], now: float) -> Sequence[MachineView]:
+        """Those that requests have fared well with lately; all, if that is none."""
+        return spared(running, lambda one: one.passive is not None and one.passive.is_avoided(now))
 
     @property
     def is_asleep(self) -> bool:
@@ -217,6 +236,7 @@ class Table:
         view.slot = machine.slot
         if moved:
             view.close_pools()
+            view.passive = None
 
     def soft_cordon(self, name: AppName, machine_id: MachineId, on: bool) -> None:
         """Stop (or go on) choosing a machine, ahead of its next record."""

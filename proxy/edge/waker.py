@@ -11,12 +11,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
-from proxy.edge.table import AppView, Table
+from proxy.clock import unix
+from proxy.decide.balance import recently_started
+from proxy.decide.wake import choose_to_wake
+from proxy.edge.table import AppView, ServiceView, Table
 from proxy.edge.timers import Call, Wheel
 from proxy.errors import Code, ProxyError, Source
 from proxy.ipc import Message, Wake, WakeDone
 from proxy.model import AppName, Machine, MachineId, MachineState
 
+ANOTHER_S = 1.0  # between two starts beside running machines that this worker asks for, for one app
 GRACE_S = 5.0  # control's own deadline comes first and says more; ours only bounds the wait
 CONTROL_AWAY_S = 10.0
 SOURCES_MAX = 4096
@@ -53,6 +57,8 @@ class Waker:
         self._tickets = 0
         self._hints = HintBudget(5.0, 100.0)
         self._hinted: dict[MachineId, float] = {}
+        self._another: dict[AppName, float] = {}
+        self._unwell: dict[AppName, set[HealthWait]] = {}
         table.on_machine = self._on_machine
         table.on_machine_gone = self._on_gone
 
@@ -100,6 +106,53 @@ class Waker:
         self._hinted[machine] = now
         return self._link.send(Wake(app.record.name, machine, hint=True))
 
+    def start_another(self, app: AppView, service: ServiceView) -> None:
+        """All that run are at their soft limit: have one more started beside them, once a second, for nobody to wait.
+
+        Not while one is starting, or one just started has yet to pass its checks (spec routing §5.4, "recent").
+        """
+        now, name = self._wheel.now, app.record.name
+        if self._another.get(name, -ANOTHER_S) > now - ANOTHER_S:
+            return
+        if len(self._another) > SOURCES_MAX:
+            self._another.clear()
+        self._another[name] = now
+        machines = [one.record for one in service.machines]
+        if recently_started(machines, unix(), service.internal_port):
+            return
+        choice = choose_to_wake((one for one in machines if one.state.is_startable), service.record.processes, unix())
+        if isinstance(choice, str):
+            self._link.send(Wake(name, choice, hint=True))
+
+    def wait_for_health(self, service: ServiceView, app: AppView, seconds: float, waiter: Waiter) -> HealthWait:
+        """Call `waiter` once: with None when a machine of the service may be chosen, else with NO_HEALTHY."""
+        waits = self._unwell.setdefault(app.record.name, set())
+        if len(waits) >= app.record.limits.max_queued:
+            raise ProxyError(Code.NO_HEALTHY, Source.MACHINE, detail="enough requests wait already", retry_after_s=5)
+        wait = HealthWait(self, app.record.name, service.internal_port, waiter)
+        wait.deadline = self._wheel.call_later(seconds, wait.expire)
+        waits.add(wait)
+        return wait
+
+    def forget(self, wait: HealthWait) -> None:
+        waits = self._unwell.get(wait.app)
+        if waits is not None:
+            waits.discard(wait)
+            if not waits:
+                del self._unwell[wait.app]
+
+    def _look_for_health(self, app: AppName) -> None:
+        """Something about the app's machines changed: see who waits no longer."""
+        view = self._table.apps.get(app)
+        for wait in list(self._unwell.get(app, ())):
+            services = view.services if view is not None else ()
+            service = next((one for one in services if one.internal_port == wait.internal_port), None)
+            if service is None or service.running or not service.is_failing:
+                wait.end(None)
+
+    def report(self, what: str, error: Exception) -> None:
+        self._wheel.report(what, error)
+
     def on_connected(self) -> None:
         """Control is (again) there: ask for all that is still waited for."""
         for machine, wait in list(self._waits.items()):
@@ -126,9 +179,13 @@ class Waker:
     def _on_machine(self, app: AppName, machine: Machine) -> None:
         if machine.state is MachineState.STARTED:
             self._end(machine.id, None)
+        if app in self._unwell:
+            self._look_for_health(app)
 
     def _on_gone(self, machine: MachineId) -> None:
         self._end(machine, None)  # whoever waited chooses again, by the new table
+        for app in list(self._unwell):
+            self._look_for_health(app)
 
     def _expire(self, machine: MachineId) -> None:
         wait = self._waits.get(machine)
@@ -149,6 +206,37 @@ class Waker:
                 waiter(error)
             except Exception as fault:  # one client's fault must not leave the others waiting
                 self._wheel.report("a waiter failed", fault)
+
+
+class HealthWait:
+    """One request that waits for a machine whose checks pass."""
+
+    __slots__ = ("_waiter", "_waker", "app", "deadline", "internal_port")
+
+    def __init__(self, waker: Waker, app: AppName, internal_port: int, waiter: Waiter) -> None:
+        self._waker = waker
+        self._waiter = waiter
+        self.app = app
+        self.internal_port = internal_port
+        self.deadline: Call | None = None
+
+    def expire(self) -> None:
+        self.deadline = None
+        self.end(ProxyError(Code.NO_HEALTHY, Source.MACHINE, detail="no machine's checks pass", retry_after_s=5))
+
+    def end(self, error: ProxyError | None) -> None:
+        self.cancel()
+        try:
+            self._waiter(error)
+        except Exception as fault:  # one client's fault must not leave the others waiting
+            self._waker.report("a waiter failed", fault)
+
+    def cancel(self) -> None:
+        """This client has gone."""
+        self._waker.forget(self)
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
 
 
 class HintBudget:
