@@ -20,8 +20,11 @@ from bench.report import facts, facts_text, median, result_folder, table, write_
 from bench.whole_request import whole_request
 from proxy.decide import headers
 from proxy.decide.balance import choose_machine
+from proxy.decide.ewma import MachineScores, parse_load
 from proxy.decide.ulid import UlidMaker
 from proxy.edge.access_log import Record, json_line, text_line
+from proxy.model import Balance
+from proxy.state import SharedMemory
 from proxy.wire.client_hello import HelloReader
 from proxy.wire.http1 import Headers, Limits, RequestHead, RequestReader, ResponseHead, ResponseReader
 
@@ -105,9 +108,24 @@ def _write_response() -> Callable[[], object]:
     return once
 
 
-def _choose(count: int) -> Callable[[], object]:
-    slots, rng = [Slot(at) for at in range(count)], random.Random(1)
-    return lambda: choose_machine(slots, lambda slot: slot % 3, 20, rng)
+def _choose(count: int, policy: Balance = Balance.FLY, is_full: bool = False) -> Callable[[], object]:
+    """Among machines with 0 to 2 requests in flight from each of two workers, or, if `is_full`, 20 more: the soft limit."""
+    descriptor, memory = SharedMemory.create(2)
+    os.close(descriptor)
+    slots, rng, scores, now = [Slot(at) for at in range(count)], random.Random(1), MachineScores(), 1000.0
+    for worker, column in enumerate((memory.load_base(0), memory.load_base(1))):
+        for at in range(count):
+            memory.cells[column + at * 2] = (at + worker) % 3 + (20 if is_full and not worker else 0)
+    for at in range(count):
+        scores.observe(at, now - at % 7, 0.001 * (at % 5 + 1))
+        scores.report(at, now - at % 7, b"0.%d" % (at % 10))
+    in_flight = memory.in_flight
+    return lambda: choose_machine(slots, in_flight, 20, 25, rng, policy, scores, now)
+
+
+def _observe() -> Callable[[], object]:
+    scores, rng = MachineScores(), random.Random(1)
+    return lambda: scores.observe(7, 1000.0 + rng.random(), rng.random())
 
 
 def _ulid() -> Callable[[], object]:
@@ -146,7 +164,15 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "write the request's head for the machine": _write_request,
     "write the response's head for the client": _write_response,
     "choose of 1 machine": lambda: _choose(1),
-    "choose of 20 machines": lambda: _choose(20),
+    "choose of 10 machines": lambda: _choose(10),
+    "choose of 1,000 machines": lambda: _choose(1_000),
+    "choose of 10, all at their soft limit": lambda: _choose(10, is_full=True),
+    "choose of 1,000, all at their soft limit": lambda: _choose(1_000, is_full=True),
+    "choose of 1,000, least-loaded": lambda: _choose(1_000, Balance.LEAST_LOADED),
+    "choose of 1,000, peak-ewma": lambda: _choose(1_000, Balance.PEAK_EWMA),
+    "choose of 1,000, app-load": lambda: _choose(1_000, Balance.APP_LOAD),
+    "note a response time": _observe,
+    "read a reported load": lambda: lambda: parse_load(b"0.75"),
     "request id": _ulid,
     "make an access record": lambda: _record,
     "access line, JSON": lambda: _line(json_line),

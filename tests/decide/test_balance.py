@@ -186,7 +186,9 @@ def test_a_hard_limit_below_the_soft_one_is_the_one_that_holds() -> None:
 def test_of_many_machines_too_the_draw_within_the_band_is_even(busy: int) -> None:
     loads = [25] * busy + [3] * (40 - busy)
     counts = counted(loads, 20, 8_000)
-    below = Counter({one: count for one, count in counts.items() if one is not None and loads[one] < 20})
+    below: Counter[int | None] = Counter(
+        {one: count for one, count in counts.items() if one is not None and loads[one] < 20}
+    )
     assert is_even(below, range(busy, 40))
 
 
