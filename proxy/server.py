@@ -161,7 +161,9 @@ class Server:
         self.domains = Domains(ctx.plan.data_dir, ctx.plan.run_dir, self._clock)
         self.metrics = Metrics(memory, self)
         self.api = Api(self, self.apps, self.fleet, self.store, self.metrics, self._clock, ctx.plan.data_dir)
-        self.idle = IdleWatch(self.fleet, memory, self._clock, self.apps.pools, plan.region, self._autostop_interval_s)
+        self.idle = IdleWatch(
+            self.fleet, memory, self._clock, self.apps.pools, plan.region, self._autostop_interval_s, _make_socket
+        )
         self.fleet.on_wake = self._woke
         self.hub.on_linked = self._linked
         self.domains.on_renewed = self._renewed
@@ -416,6 +418,9 @@ class Server:
             )
         apps = [AppCells(entry.plan.name, entry.slot) for entry in self.apps.all()]
         return NodeFacts(self._plan.region, self._plan.name, apps, machines, self._worker_starts)
+
+    def in_flight(self, slot: int) -> int:
+        return self._memory.in_flight(slot)
 
     async def status(self) -> dict[str, Any]:
         now = self._clock.unix()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from proxy.config import AppConfig, GroupConfig, NodeConfig
+from proxy.decide.autostop import WarmHours
 from proxy.ipc import PROTOCOL, Settings
 from proxy.model import AppLimits, AppName, Autostop, Endpoint, RegionCode, RestartPolicy, Service, WakeOn
 
@@ -64,6 +65,10 @@ class AppPlan:
     wake_on: WakeOn = WakeOn.HELLO
     wake_timeout_s: float = 60.0
     idle_timeout_s: float = 300.0  # 0: by Fly's formula only
+    autostop_interval_s: float | None = None  # None: the node's
+    autostop_at_once: int = 1  # machines of a group that a pass may stop
+    busy: str | None = None  # a path; 409 or 423 says that the machine is not to be stopped now
+    warm_hours: tuple[WarmHours, ...] = ()
     limits: AppLimits = field(default_factory=AppLimits)
     statics: tuple[StaticMachine, ...] = ()
 

@@ -1,6 +1,17 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import datetime
+from collections.abc import AsyncIterator
+
+import pytest
+
+from proxy.control.busy import says_it_is_busy
 from proxy.control.idle import IdleWatch
+from proxy.control.machines import Owned
+from proxy.control.prober import plain_socket
+from proxy.decide.autostop import parse_warm_hours
 from proxy.model import Autostop, MachineState
 from tests.control.rig import Rig, a_service, an_app
 from tests.support.clock import settle
@@ -97,3 +108,267 @@ async def test_a_machine_whose_workers_do_not_answer_is_not_stopped_and_tried_ag
     rig.cordons.acknowledge = True
     await look(rig, idle, 1.0)
     assert machine.state is MachineState.STOPPED
+
+
+# --- several at once, intervals of apps
+
+
+async def test_an_app_may_have_an_interval_of_its_own_and_end_several_in_a_pass(rig: Rig) -> None:
+    own = {"autostop_interval_s": 30.0, "autostop_at_once": 2}
+    await rig.load(an_app("quick", 4, idle_timeout_s=0.0, **own), an_app("slow", 2, idle_timeout_s=0.0))
+    quick = [await rig.started("quick", place) for place in range(4)]
+    slow = [await rig.started("slow", place) for place in range(2)]
+    idle = watch(rig, 120.0)
+    await look(rig, idle, 31.0)
+    assert count_started(quick) == 2 and count_started(slow) == 2
+    await look(rig, idle, 90.0)
+    assert count_started(quick) == 0 and count_started(slow) == 1
+
+
+async def test_a_new_interval_counts_from_the_last_pass(rig: Rig) -> None:
+    await rig.load(an_app(count=2, idle_timeout_s=0.0))
+    machines = [await rig.started("web", place) for place in range(2)]
+    interval = [1000.0]
+    idle = IdleWatch(rig.fleet, rig.memory, rig.clock, rig.apps.pools, "ams", lambda: interval[0])
+    await look(rig, idle, 50.0)
+    assert count_started(machines) == 2
+    interval[0] = 60.0
+    await look(rig, idle, 12.0)
+    assert count_started(machines) == 1
+
+
+def count_started(machines: list[Owned]) -> int:
+    return sum(one.state is MachineState.STARTED for one in machines)
+
+
+# --- cordoned, in use
+
+
+async def test_a_cordoned_machine_is_neither_stopped_nor_counted(rig: Rig) -> None:
+    await rig.load(an_app(count=2, services=(a_service(least=1),), idle_timeout_s=1.0))
+    machines = [await rig.started("web", place) for place in range(2)]
+    assert await rig.fleet.cordon(machines[0])
+    await look(rig, watch(rig), 30.0)
+    assert count_started(machines) == 2
+    rig.fleet.uncordon(machines[0])
+    await look(rig, watch(rig), 5.0)
+    assert count_started(machines) == 1
+
+
+async def test_an_excess_machine_in_use_has_its_tunnels_ended_after_the_cordon_and_before_the_signal(rig: Rig) -> None:
+    await rig.load(an_app(count=2, idle_timeout_s=0.0))
+    machines = [await rig.started("web", place) for place in range(2)]
+    for one in machines:
+        rig.begin_request(one)
+    idle = watch(rig, 60.0)
+    await look(rig, idle, 60.5)
+    ((first, state),) = rig.cordons.ended_tunnels
+    leaving = next(one for one in machines if one.id == first)
+    assert rig.cordons.asked == [first] and state == "started" and ("stop", first) not in rig.driver.calls
+    rig.end_request(leaving)
+    await rig.clock.advance(0.1)
+    assert leaving.state is MachineState.STOPPED
+
+
+# --- busy
+
+
+@contextlib.asynccontextmanager
+async def answering(machine: Owned, *answers: bytes | None) -> AsyncIterator[list[bytes]]:
+    """A program at the machine's port: one answer a connection, the last one for ever. None: it says nothing."""
+    asked: list[bytes] = []
+    left = list(answers)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            asked.append(head)
+            answer = left.pop(0) if len(left) > 1 else left[0]
+            if answer is None:
+                await reader.read()
+            else:
+                writer.write(answer)
+                await writer.drain()
+        writer.close()
+
+    endpoint = machine.spec.endpoints[0]
+    server = await asyncio.start_server(serve, endpoint.host, endpoint.port)
+    try:
+        yield asked
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+def status(code: int, *lines: str) -> bytes:
+    return "\r\n".join((f"HTTP/1.1 {code} X", *lines, "Content-Length: 0", "", "")).encode()
+
+
+async def run_up(rig: Rig, machine: Owned) -> None:
+    result = await asyncio.shield(rig.fleet.wake(machine.id))
+    assert result.code is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "busy"),
+    [
+        (status(200), False),
+        (status(204), False),
+        (status(409), True),
+        (status(423), True),
+        (status(500), False),
+        (status(404), False),
+        (status(302, "Location: /locked"), False),  # never followed
+        (b"HTTP/1.1 423 Locked\r\nContent-Length: 1000000000000\r\n\r\n", True),  # nor its body waited for
+        (b"what is this", False),
+        (b"HTTP/1.1 423 L\r\nX: " + b"x" * 1_000_000, False),
+        (b"", False),
+    ],
+)
+async def test_only_409_and_423_say_busy(rig: Rig, answer: bytes, busy: bool) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    async with answering(machine, answer) as asked:
+        assert await says_it_is_busy(machine, "/busy?all=1", plain_socket) is busy
+    assert asked and all(one.startswith(b"GET /busy?all=1 HTTP/1.1\r\n") for one in asked)
+
+
+async def test_a_machine_that_does_not_answer_or_listen_is_not_busy(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    assert await says_it_is_busy(machine, "/", plain_socket) is False
+    async with answering(machine, None) as asked:
+        assert await says_it_is_busy(machine, "/", plain_socket, timeout_s=0.05) is False
+        assert len(asked) == 1
+
+
+async def test_a_machine_that_says_it_is_busy_is_asked_again_later_and_stopped_when_it_is_done(rig: Rig) -> None:
+    await rig.load(an_app(idle_timeout_s=10.0, busy="/busy"))
+    machine, idle = rig.machine(), watch(rig)
+    async with answering(machine, status(423), status(423), status(200)) as asked:
+        await run_up(rig, machine)
+        await look_and_wait(rig, idle, 12.0)
+        assert len(asked) == 1 and machine.state is MachineState.STARTED
+        await look_and_wait(rig, idle, 12.0)
+        assert len(asked) == 1  # 15 s have to pass
+        await look_and_wait(rig, idle, 3.0)
+        assert len(asked) == 2 and machine.state is MachineState.STARTED
+        await look_and_wait(rig, idle, 18.0)
+        assert len(asked) == 3 and machine.state is MachineState.STOPPED
+
+
+async def test_where_the_excess_machine_is_busy_another_one_is_stopped_in_its_place(rig: Rig) -> None:
+    await rig.load(an_app(count=2, idle_timeout_s=0.0, busy="/busy"))
+    first, second = sorted((rig.machine("web", 0), rig.machine("web", 1)), key=lambda one: one.id)
+    async with answering(first, status(409)), answering(second, status(200)):
+        await run_up(rig, first)
+        await run_up(rig, second)
+        await look_and_wait(rig, watch(rig, 60.0), 61.0)
+        assert first.state is MachineState.STARTED and second.state is MachineState.STOPPED
+
+
+async def look_and_wait(rig: Rig, idle: IdleWatch, seconds: float) -> None:
+    """As `look`, with what it began awaited: machines are asked over real sockets."""
+    end = rig.clock.monotonic() + seconds
+    while rig.clock.monotonic() < end:
+        await rig.clock.advance(min(idle.pause_s(), end - rig.clock.monotonic()))
+        await idle.look()
+        await idle.settle()
+        await settle()
+
+
+async def test_metadata_keeps_a_machine_up_until_the_time_it_names(rig: Rig) -> None:
+    await rig.load(an_app(idle_timeout_s=5.0))
+    machine, idle = await rig.started(), watch(rig)
+    machine.row.metadata["wakefront_busy"] = str(rig.clock.unix() + 60)
+    await look(rig, idle, 58.0)
+    assert machine.state is MachineState.STARTED
+    await look(rig, idle, 4.0)
+    assert machine.state is MachineState.STOPPED
+
+
+# --- warm hours: the rig's clock begins on Friday 2027-01-15 at 08:00 UTC, 09:00 in Amsterdam
+
+
+def warm(*texts: str) -> dict[str, object]:
+    return {"warm_hours": tuple(parse_warm_hours(text) for text in texts)}
+
+
+async def test_warm_hours_start_a_machine_keep_it_and_let_it_go_at_their_end(rig: Rig) -> None:
+    await rig.load(an_app(count=2, idle_timeout_s=10.0, **warm("fri 09:10-09:30 Europe/Amsterdam")))
+    first, second = sorted((rig.machine("web", 0), rig.machine("web", 1)), key=lambda one: one.id)
+    rig.listen(first)
+    rig.listen(second)
+    idle = watch(rig)
+    await look(rig, idle, 9 * 60.0)
+    assert count_started([first, second]) == 0
+    await look(rig, idle, 66.0)
+    assert first.state is MachineState.STARTED and first.last_wake is not None and first.last_wake.source == "flyd"
+    await look(rig, idle, 19 * 60.0)
+    assert count_started([first, second]) == 1 and rig.starts(first) == 1
+    await look(rig, idle, 60.0)
+    assert count_started([first, second]) == 0
+
+
+async def test_warm_hours_bring_up_the_minimum_one_at_a_time(rig: Rig) -> None:
+    services = (a_service(least=2),)
+    await rig.load(an_app(count=3, services=services, idle_timeout_s=10.0, **warm("daily 00:00-24:00")), is_first=False)
+    machines = sorted((rig.machine("web", place) for place in range(3)), key=lambda one: one.id)
+    for one in machines:  # as they are hours later
+        if (end := rig.fleet.stop(one, "proxy")) is not None:
+            await end
+        rig.driver.hold_start[one.id] = asyncio.Event()
+        rig.listen(one)
+    idle = watch(rig)
+    await look(rig, idle, 8.0)
+    assert [one.state for one in machines].count(MachineState.STARTING) == 1
+    for one in machines[:2]:
+        rig.driver.hold_start.pop(one.id).set()
+        await look(rig, idle, 6.0)
+    assert count_started(machines) == 2
+
+
+async def test_what_a_user_stopped_or_cordoned_and_what_is_held_after_failures_is_not_warmed(rig: Rig) -> None:
+    await rig.load(an_app(count=3, idle_timeout_s=10.0, **warm("daily 00:00-24:00")))
+    by_user, cordoned, failing = (rig.machine("web", place) for place in range(3))
+    rig.fleet.stop(by_user, "user")
+    await rig.fleet.cordon(cordoned)
+    rig.driver.fail_start[failing.id] = "no such program"
+    idle = watch(rig)
+    await look(rig, idle, 0.3)
+    begun = rig.starts(failing)
+    assert begun == 1 and failing.row.hold_until > rig.clock.unix()
+    await look(rig, idle, 30.0)
+    assert begun < rig.starts(failing) < 8  # after each hold, not at each look
+    assert rig.starts(by_user) == rig.starts(cordoned) == 0
+
+
+async def test_at_most_a_few_groups_are_warmed_at_the_same_time(rig: Rig) -> None:
+    apps = [an_app(f"app-{number}", **warm("daily 00:00-24:00")) for number in range(9)]
+    await rig.load(*apps)
+    for app in apps:
+        rig.driver.hold_start[rig.machine(app.name).id] = asyncio.Event()
+    await look(rig, watch(rig), 8.0)
+    states = [rig.machine(app.name).state for app in apps]
+    assert states.count(MachineState.STARTING) == 4 and states.count(MachineState.CREATED) == 5
+
+
+async def test_warm_hours_keep_to_the_clock_on_the_wall_when_that_is_changed(rig: Rig) -> None:
+    await rig.load(an_app(**warm("daily 08:00-09:00 Europe/Amsterdam")))
+    idle = watch(rig)
+    plan = rig.machine().app
+    for month, utc_hour in ((1, 7), (7, 6)):  # winter, summer
+        moment = datetime.datetime(2027, month, 20, utc_hour, 30, tzinfo=datetime.UTC).timestamp()
+        await rig.clock.advance(moment - rig.clock.unix())
+        assert idle.is_warm(plan), month
+        await rig.clock.advance(3600.0)
+        assert not idle.is_warm(plan), month
+
+
+async def test_a_time_zone_that_this_host_does_not_have_counts_as_utc(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    await rig.load(an_app(**warm("fri 08:00-08:10 Europe/Nowhere")))
+    idle, plan = watch(rig), rig.machine().app
+    assert idle.is_warm(plan) and idle.is_warm(plan)
+    assert sum("Europe/Nowhere" in record.getMessage() for record in caplog.records) == 1
