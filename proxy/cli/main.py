@@ -138,6 +138,22 @@ def apps(config: Config = None, admin: Admin = None, json: Json = False) -> None
 
 
 @app.command()
+def explain(
+    url: Annotated[str, typer.Argument(metavar="URL", help="As a client would ask; https:// may be left out.")],
+    method: Annotated[str, typer.Option("--method", "-X", help="Its method.")] = "GET",
+    header: Annotated[list[str] | None, typer.Option("--header", "-H", help="'name: value', may be repeated.")] = None,
+    config: Config = None,
+    admin: Admin = None,
+    json: Json = False,
+) -> None:
+    """Which machine a request would get now, and why. Nothing is sent or started."""
+    from proxy.cli.client import connect
+    from proxy.cli.explain import explain
+
+    explain(connect(config, admin), url, method, header or [], json)
+
+
+@app.command()
 def logs(
     app_name: AppArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines until Ctrl-C.")] = False,

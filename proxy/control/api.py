@@ -20,6 +20,7 @@ import signal as signals
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -27,6 +28,7 @@ from proxy.clock import Clock
 from proxy.control.apps import Apps, Entry
 from proxy.control.machines import Fleet, Owned, Refused, WakeResult
 from proxy.control.store import Event, Store
+from proxy.decide.explain import Asked, explain
 from proxy.errors import Code
 from proxy.machines.logs import Follower, LogLine, log_files, tail
 from proxy.metrics import Metrics
@@ -61,6 +63,9 @@ class Node(Protocol):
         """Whether it was done, and what changed or which faults there are."""
 
     def ca_pem(self) -> bytes | None: ...
+
+    def in_flight(self, slot: int) -> int:
+        """Requests and tunnels under way on a machine, over all workers."""
 
 
 class ApiError(Exception):
@@ -123,6 +128,7 @@ class Api:
                 web.get("/metrics", self._get_metrics),
                 web.get("/v1/status", self._status),
                 web.post("/v1/reload", self._reload),
+                web.post("/v1/explain", self._explain),
                 web.get("/v1/certs/ca", self._ca),
                 web.get("/v1/apps", self._list_apps),
                 web.get("/v1/apps/{app}", self._get_app),
@@ -201,6 +207,16 @@ class Api:
     async def _reload(self, request: web.Request) -> web.Response:
         done, answer = await self._node.reload()
         return _json(answer, 200 if done else 422)
+
+    async def _explain(self, request: web.Request) -> web.Response:
+        """Which machine a request would get, and why; nothing is sent."""
+        asked = _asked(await _body(request, required=True))
+        apps = [entry.record() for entry in self._apps.all()]
+        found = explain(apps, asked, self._node.in_flight, self._clock.unix())
+        steps = [{"step": step, "text": text} for step, text in found.steps]
+        return _json(
+            {"action": found.action, "code": found.code, "app": found.app, "machines": found.machines, "steps": steps}
+        )
 
     async def _ca(self, request: web.Request) -> web.Response:
         pem = self._node.ca_pem()
@@ -437,6 +453,30 @@ def _raise_if_failed(result: WakeResult) -> None:
     status = {Code.WAKE_TIMEOUT: 408, Code.START_CANCELLED: 409, Code.NOT_STARTABLE: 412}.get(result.code, 503)
     text = f"the machine did not start: {result.detail}"
     raise ApiError(status, result.code.name.lower(), text, wakefront_error=result.code.value)
+
+
+def _asked(body: Json) -> Asked:
+    """The request that an explanation is asked for: `{url, method, headers: ["name: value"]}`."""
+    url = body.get("url")
+    headers = body.get("headers", [])
+    if not isinstance(url, str) or not isinstance(headers, list) or not all(isinstance(one, str) for one in headers):
+        raise ApiError(400, "invalid_argument", "expected url, a text, and headers, a list of texts")
+    try:
+        parts = urlsplit(url if "://" in url else f"https://{url}")
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError as error:
+        raise ApiError(400, "invalid_argument", f"{url!r} is no URL: {error}") from error
+    if port is None or not parts.hostname:
+        raise ApiError(400, "invalid_argument", f"{url!r} is no http or https URL")
+    pairs = []
+    for one in headers:
+        name, colon, value = one.partition(":")
+        if not colon:
+            raise ApiError(400, "invalid_argument", f"{one!r}: expected a header as 'name: value'")
+        pairs.append((name.strip().lower(), value.strip()))
+    method = str(body.get("method", "GET")).upper()
+    host = parts.hostname.rstrip(".")
+    return Asked(parts.scheme, host, port, parts.path or "/", method, tuple(pairs))
 
 
 async def _body(request: web.Request, required: bool = False) -> Json:

@@ -37,6 +37,9 @@ class Node:
     def ca_pem(self) -> bytes | None:
         return b"-----BEGIN CERTIFICATE-----\n"
 
+    def in_flight(self, slot: int) -> int:
+        return 0
+
     def facts(self) -> NodeFacts:
         machines = [
             MachineFacts(
@@ -306,3 +309,28 @@ async def test_a_machine_that_does_not_run_has_no_concurrency(client: Client) ->
     await settle()
     _, text = await client.ask("GET", "/metrics", None)
     assert "fly_instance_up{" not in text and "fly_app_concurrency{" not in text
+
+
+# --- why a request goes where it goes
+
+
+async def test_what_a_request_would_get_is_explained_and_nothing_is_started(client: Client) -> None:
+    machine = client.rig.machine()
+    asked = json.dumps({"url": "http://web.apps.localhost/", "headers": [f"fly-force-instance-id: {machine.id}"]})
+    status, found = await client.ask("POST", "/v1/explain", data=asked)
+    assert status == 200
+    assert (found["action"], found["app"], found["machines"]) == ("wake", "web", [machine.id])
+    assert [step["step"] for step in found["steps"]] == ["route", "force"]
+    assert machine.state is not MachineState.STARTED and client.rig.driver.calls.count(("start", machine.id)) == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {}, {"url": 5}, {"url": "ftp://x/"}, {"url": "http://"}, {"url": "http://a:99999/"},
+        {"url": "a", "headers": "x: y"}, {"url": "a", "headers": ["no colon"]},
+    ],
+)  # fmt: skip
+async def test_what_is_no_request_is_not_explained(client: Client, body: dict[str, Any]) -> None:
+    status, found = await client.ask("POST", "/v1/explain", data=json.dumps(body))
+    assert status == 400 and "error" in found
