@@ -109,7 +109,7 @@ def _write_response() -> Callable[[], object]:
 
 
 def _choose(count: int, policy: Balance = Balance.FLY, is_full: bool = False) -> Callable[[], object]:
-    """Among machines with 0 to 2 requests in flight from each of two workers, or, if `is_full`, 20 more: the soft limit."""
+    """Among machines with 0 to 2 requests in flight from each of two workers; `is_full`: 20 more, the soft limit."""
     descriptor, memory = SharedMemory.create(2)
     os.close(descriptor)
     slots, rng, scores, now = [Slot(at) for at in range(count)], random.Random(1), MachineScores(), 1000.0
