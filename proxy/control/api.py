@@ -26,8 +26,17 @@ from aiohttp import web
 
 from proxy.clock import Clock
 from proxy.control.apps import Apps, Entry
+from proxy.control.leases import (
+    DEFAULT_TTL_S,
+    HEADER,
+    LONGEST_DESCRIPTION,
+    LONGEST_TTL_S,
+    LeaseConflict,
+    Leases,
+)
 from proxy.control.machines import Fleet, Owned, Refused, WakeResult
-from proxy.control.store import Event, Store
+from proxy.control.metadata import changed_metadata, metadata_of
+from proxy.control.store import Event, Lease, Store
 from proxy.decide.explain import Asked, explain
 from proxy.errors import Code
 from proxy.machines.logs import Follower, LogLine, log_files, tail
@@ -46,6 +55,7 @@ _SIGNALS = (
     "SIGTERM", "SIGTRAP", "SIGUSR1", "SIGUSR2",
 )  # fmt: skip
 _WAIT_STATES = frozenset({"started", "stopped", "suspended", "destroyed", "failed", "settled", "created"})
+_ULID = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}")
 _SETTLED = ("created", "started", "stopped", "suspended", "failed")
 
 Json = dict[str, Any]  # Any: JSON
@@ -87,6 +97,7 @@ class Api:
         self._apps = apps
         self._fleet = fleet
         self._store = store
+        self._leases = Leases(store, clock)
         self._metrics = metrics
         self._clock = clock
         self._data_dir = data_dir
@@ -140,6 +151,17 @@ class Api:
                 web.post(one + "/suspend", self._suspend),
                 web.post(one + "/restart", self._restart),
                 web.post(one + "/signal", self._signal),
+                web.post(one + "/cordon", self._cordon),
+                web.post(one + "/uncordon", self._uncordon),
+                web.get(one + "/lease", self._get_lease),
+                web.post(one + "/lease", self._take_lease),
+                web.delete(one + "/lease", self._release_lease),
+                web.get(one + "/metadata", self._get_metadata),
+                web.put(one + "/metadata", self._set_metadata),
+                web.post(one + "/metadata", self._set_metadata),
+                web.get(one + "/metadata/{key}", self._get_metadata_key),
+                web.post(one + "/metadata/{key}", self._set_metadata_key),
+                web.delete(one + "/metadata/{key}", self._delete_metadata_key),
                 web.get(one + "/wait", self._wait),
                 web.get(one + "/events", self._events),
                 web.get(one + "/wakes", self._wakes),
@@ -160,6 +182,8 @@ class Api:
                 return _json(error.body, error.status)
             except Refused as error:
                 return _json({"error": str(error), "status": "failed_precondition"}, 412)
+            except LeaseConflict as error:
+                return _json({"error": str(error), "status": "lease_held"}, 409)
             except web.HTTPRequestEntityTooLarge:
                 return _json(
                     {"error": f"a body of more than {MAX_BODY_BYTES} bytes", "status": "invalid_argument"}, 413
@@ -265,24 +289,29 @@ class Api:
         entry = self._entry(request)
         states = {state for text in request.query.getall("state", []) for state in text.split(",") if state}
         region = request.query.get("region")
+        metadata = [(name[9:], value) for name, value in request.query.items() if name.startswith("metadata.")]
         wanted = [
             machine
             for machine in entry.machines
-            if (not states or machine.row.state in states) and region in (None, machine.region)
+            if (not states or machine.row.state in states)
+            and region in (None, machine.region)
+            and (not metadata or all(metadata_of(machine).get(key) == value for key, value in metadata))
         ]
+        with_lease = _flag(request, "include_leases")
         shown = []
         for machine in wanted:
-            shown.append(self._machine_json(machine))
+            shown.append(self._machine_json(machine, with_lease=with_lease))
             if len(shown) % _SLICE == 0:
                 await asyncio.sleep(0)
         return await _large_json(shown)
 
     async def _get_machine(self, request: web.Request) -> web.Response:
         machine = self._machine(request)
-        return _json(self._machine_json(machine, self._store.events(machine.id)))
+        with_lease = _flag(request, "include_leases")
+        return _json(self._machine_json(machine, self._store.events(machine.id), with_lease))
 
     async def _start(self, request: web.Request) -> web.Response:
-        machine = self._machine(request)
+        machine = self._changeable(request)
         previous = machine.row.state
         if machine.is_static:
             return _json({"previous_state": previous, "migrated": False, "new_host": ""})
@@ -290,18 +319,18 @@ class Api:
         return _json({"previous_state": previous, "migrated": False, "new_host": ""})
 
     async def _stop(self, request: web.Request) -> web.Response:
-        machine = self._machine(request)
+        machine = self._changeable(request)
         body = await _body(request)
         signal = _signal_number(body["signal"]) if body.get("signal") else None
         self._fleet.stop(machine, "user", signal, _duration_s(body.get("timeout")))
         return _json({"ok": True})
 
     async def _suspend(self, request: web.Request) -> web.Response:
-        self._fleet.suspend(self._machine(request), "user")
+        self._fleet.suspend(self._changeable(request), "user")
         return _json({"ok": True})
 
     async def _restart(self, request: web.Request) -> web.Response:
-        machine = self._machine(request)
+        machine = self._changeable(request)
         query = request.query
         signal = _signal_number(query["signal"]) if query.get("signal") else None
         if query.get("force_stop", "").lower() in ("1", "true"):
@@ -312,9 +341,93 @@ class Api:
         return _json({"ok": True})
 
     async def _signal(self, request: web.Request) -> web.Response:
-        machine = self._machine(request)
+        machine = self._changeable(request)
         self._fleet.send_signal(machine, _signal_number((await _body(request, required=True)).get("signal")))
         return _json({"ok": True})
+
+    async def _cordon(self, request: web.Request) -> web.Response:
+        """Answered once workers send it nothing new. `acknowledged` is false where one did not say so in time."""
+        return _json({"ok": True, "acknowledged": await self._fleet.cordon(self._changeable(request))})
+
+    async def _uncordon(self, request: web.Request) -> web.Response:
+        self._fleet.uncordon(self._changeable(request))
+        return _json({"ok": True})
+
+    # --- leases
+
+    async def _get_lease(self, request: web.Request) -> web.Response:
+        machine = self._machine(request)
+        lease = self._leases.held(machine)
+        if lease is None:
+            raise ApiError(404, "not_found", f"nobody holds a lease of machine {machine.id}")
+        return _json(_lease_answer(lease))
+
+    async def _take_lease(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        machine = self._machine(request)
+        ttl_s = _ttl_s(request.query.get("ttl", body.get("ttl")))
+        description = body.get("description") or ""
+        if not isinstance(description, str) or len(description) > LONGEST_DESCRIPTION:
+            raise ApiError(
+                400, "invalid_argument", f"description: expected a text of up to {LONGEST_DESCRIPTION} characters"
+            )
+        return _json(_lease_answer(self._leases.take(machine, ttl_s, description, request.headers.get(HEADER))), 201)
+
+    async def _release_lease(self, request: web.Request) -> web.Response:
+        machine, nonce = self._machine(request), request.headers.get(HEADER)
+        if not nonce:
+            raise ApiError(400, "invalid_argument", f"the header {HEADER} must name the lease to give back")
+        self._leases.release(machine, nonce)
+        return _json({"status": "success", "data": {"ok": True}})
+
+    # --- metadata
+
+    async def _get_metadata(self, request: web.Request) -> web.Response:
+        return _json(metadata_of(self._machine(request)))
+
+    async def _set_metadata(self, request: web.Request) -> web.Response:
+        """PUT replaces all, POST merges. The map may stand alone, or as `metadata` beside a `machine_version`."""
+        body = await _body(request, required=True)
+        version = request.query.get("version")
+        if isinstance(body.get("metadata"), dict):
+            version, body = version or body.get("machine_version"), body["metadata"]
+        return self._keep_metadata(request, version, body, replace=request.method == "PUT")
+
+    async def _get_metadata_key(self, request: web.Request) -> web.Response:
+        machine, key = self._machine(request), request.match_info["key"]
+        value = metadata_of(machine).get(key)
+        if value is None:
+            raise ApiError(404, "not_found", f"machine {machine.id} has no metadata {key}")
+        return _json({"value": value})
+
+    async def _set_metadata_key(self, request: web.Request) -> web.Response:
+        value = (await _body(request, required=True)).get("value")
+        if not isinstance(value, str):
+            raise ApiError(400, "invalid_argument", "value: expected a text")
+        return self._keep_metadata(request, request.query.get("version"), {request.match_info["key"]: value})
+
+    async def _delete_metadata_key(self, request: web.Request) -> web.Response:
+        key = request.match_info["key"]
+        if key not in metadata_of(self._machine(request)):
+            raise ApiError(404, "not_found", f"there is no metadata {key}")
+        return self._keep_metadata(request, request.query.get("version"), {key: None})
+
+    def _keep_metadata(
+        self, request: web.Request, version: object, changes: Json, replace: bool = False
+    ) -> web.Response:
+        machine = self._changeable(request)
+        row = machine.row
+        if version and version != row.instance_id:
+            raise ApiError(412, "failed_precondition", f"the machine's version is {row.instance_id}, not {version}")
+        try:
+            row.metadata = changed_metadata(machine, changes, replace)
+        except ValueError as error:
+            raise ApiError(400, "invalid_argument", str(error)) from error
+        row.updated_at = self._clock.unix()
+        self._store.save(row)
+        return web.Response(status=204)
+
+    # --- waiting and looking back
 
     async def _wait(self, request: web.Request) -> web.Response:
         machine = self._machine(request)
@@ -326,8 +439,17 @@ class Api:
         if version and version != machine.row.instance_id:
             raise ApiError(400, "invalid_argument", f"the machine's version is {machine.row.instance_id}")
         timeout_s = _number(request, "timeout", _LONGEST_WAIT_S, 0, _LONGEST_WAIT_S)
-        if not await self._fleet.wait_for(machine, wanted, timeout_s):
-            raise ApiError(408, "deadline_exceeded", f"the machine is {machine.row.state}, not {' or '.join(states)}")
+        after = request.query.get("from_event_id")
+        if after and not _ULID.fullmatch(after):
+            raise ApiError(400, "invalid_argument", f"from_event_id {after!r} is the id of no event")
+
+        def happened_after() -> bool:  # an event that is not kept any more lies before all that are
+            return not after or [event.id for event in self._store.events(machine.id, 1)] not in ([], [after])
+
+        if not await self._fleet.wait_for(machine, wanted, timeout_s, happened_after):
+            since = f" since event {after}" if after else ""
+            text = f"the machine is {machine.row.state}, and came not to {' or '.join(states)}{since}"
+            raise ApiError(408, "deadline_exceeded", text)
         newest = self._store.events(machine.id, 1)
         return _json(
             {
@@ -362,7 +484,13 @@ class Api:
                 return machine
         raise ApiError(404, "not_found", f"machine {wanted} not found")
 
-    def _machine_json(self, machine: Owned, events: Iterable[Event] = ()) -> Json:
+    def _changeable(self, request: web.Request) -> Owned:
+        """The machine that a request is to change, if no lease is in the way."""
+        machine = self._machine(request)
+        self._leases.check(machine, request.headers.get(HEADER))
+        return machine
+
+    def _machine_json(self, machine: Owned, events: Iterable[Event] = (), with_lease: bool = False) -> Json:
         row, app = machine.row, machine.app
         services = [
             {
@@ -378,6 +506,7 @@ class Api:
             for service in app.services_of(row.group)
         ]  # fmt: skip
         stats = machine.driver.stats(machine.id) if machine.running is not None else None
+        lease = self._leases.held(machine) if with_lease else None
         return {
             "id": machine.id, "name": f"{app.name}-{row.group}-{row.index}", "state": row.state,
             "region": machine.region, "instance_id": row.instance_id, "private_ip": "127.0.0.1",
@@ -385,13 +514,14 @@ class Api:
             "image_ref": {"registry": "local", "repository": app.name, "tag": "", "digest": row.digest},
             "config": {
                 "init": {"cmd": list(machine.spec.command)},
-                "services": services, "metadata": {"fly_process_group": row.group},
+                "services": services, "metadata": metadata_of(machine),
                 "restart": {"policy": machine.group.restart.value, "max_retries": machine.group.restart_retries},
                 "mounts": [{"name": one.name, "path": one.destination} for one in machine.group.mounts],
                 "guest": {"memory_mb": machine.group.memory_mb},
                 "stop_config": {"signal": app.kill_signal, "timeout": f"{app.kill_timeout_s:g}s"},
             },
-            "events": [_event_json(event) for event in events], "checks": [], "host_status": "ok", "cordoned": False,
+            "events": [_event_json(event) for event in events], "checks": [], "host_status": "ok",
+            "cordoned": row.cordoned,
             # ours
             "group": row.group, "driver": app.driver, "version": row.version, "pid": row.pid,
             "endpoints": [
@@ -403,7 +533,7 @@ class Api:
             "failures": row.failures, "restart_count": row.restart_count, "note": machine.note,
             "exit_code": row.exit_code, "exit_signal": row.exit_signal,
             "rss_bytes": stats.rss_bytes if stats else None, "cpu_s": stats.cpu_s if stats else None,
-        }  # fmt: skip
+        } | ({} if lease is None else {"lease": _lease_json(lease)})  # fmt: skip
 
 
 def load_or_make_token(path: str) -> str:
@@ -435,6 +565,28 @@ def _app_json(entry: Entry) -> Json:
         "hostnames": list(plan.hostnames), "driver": plan.driver, "states": states,
         "primary_region": plan.primary_region, "wake_on": plan.wake_on.value,
     }  # fmt: skip
+
+
+def _lease_json(lease: Lease) -> Json:
+    """As others see it: without the nonce."""
+    return {"owner": lease.owner, "expires_at": lease.expires_at, "description": lease.description}
+
+
+def _lease_answer(lease: Lease) -> Json:
+    return {"status": "success", "data": {"nonce": lease.nonce, **_lease_json(lease), "version": lease.version}}
+
+
+def _ttl_s(value: object) -> float:
+    """Seconds, as a number or as text."""
+    if value is None:
+        return DEFAULT_TTL_S
+    try:
+        seconds = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else 0.0
+    except (ValueError, OverflowError):
+        seconds = 0.0
+    if not 1 <= seconds <= LONGEST_TTL_S:
+        raise ApiError(400, "invalid_argument", f"ttl {value!r}: expected 1 to {LONGEST_TTL_S:g} seconds")
+    return seconds
 
 
 def _event_json(event: Event) -> Json:
@@ -526,6 +678,10 @@ def _number(request: web.Request, name: str, default: float, low: float, high: f
     if value != value:
         raise ApiError(400, "invalid_argument", f"{name} {text!r} is no number")
     return min(max(value, low), high)
+
+
+def _flag(request: web.Request, name: str) -> bool:
+    return request.query.get(name, "").lower() in ("1", "true", "yes")
 
 
 def _text(lines: Iterable[LogLine]) -> bytes:
