@@ -50,6 +50,13 @@ class PeakEwma:
         self._seconds = seconds
         self._at = now
 
+    def observe_error(self, now: float, seconds: float) -> None:
+        """An answer of status 5xx took this long. A machine that fails fast must not draw requests off those that work.
+
+        So it counts as twice as slow as was expected, up to the time that a failure counts for.
+        """
+        self.observe(now, max(seconds, min(_FAILURE_S, 2.0 * self.score(now))))
+
     def observe_failure(self, now: float) -> None:
         """A connection failed, or ended without an answer. It may have been quick: that must not look like speed."""
         self.observe(now, min(_FAILURE_MAX_S, max(_FAILURE_S, 2.0 * self.score(now))))
@@ -98,6 +105,9 @@ class MachineScores:
 
     def observe(self, slot: int, now: float, seconds: float) -> None:
         self._latency(slot).observe(now, seconds)
+
+    def observe_error(self, slot: int, now: float, seconds: float) -> None:
+        self._latency(slot).observe_error(now, seconds)
 
     def observe_failure(self, slot: int, now: float) -> None:
         self._latency(slot).observe_failure(now)
@@ -150,8 +160,10 @@ class PassiveHealth:
         self.avoided_until = -math.inf
 
     def failed(self, now: float) -> None:
-        """A request could not be delivered there, or got no answer. Those that began before it was avoided tell nothing
-        new, and lengthen nothing."""
+        """A request could not be delivered there, or got no answer.
+
+        While the machine is avoided these are requests that began before: they tell nothing new, and lengthen nothing.
+        """
         if now < self.avoided_until:
             return
         self._set(now, min(_STRIKES_MAX, self._left(now) + 1.0))

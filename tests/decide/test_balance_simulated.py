@@ -36,9 +36,14 @@ class Run:
 
 
 def simulated(
-    policy: Balance, service_s: Callable[[int, float], float], requests: int = 8_000, machines: int = 4, seed: int = 1
+    policy: Balance,
+    service_s: Callable[[int, float], float],
+    requests: int = 8_000,
+    machines: int = 4,
+    seed: int = 1,
+    broken: int | None = None,
 ) -> Run:
-    """`service_s(machine, now)`: how long it takes from a request to the answer there."""
+    """`service_s(machine, now)`: how long it takes from a request to the answer there; `broken` answers 500."""
     rng, loads, slots = random.Random(seed), [0] * machines, [Slot(at) for at in range(machines)]
     scores = [MachineScores() for _ in range(WORKERS)]
     run, now = Run([], [], [0] * machines), 1000.0
@@ -48,7 +53,10 @@ def simulated(
         while ends and ends[0][0] <= now:
             end, worker, at, took = heapq.heappop(ends)
             loads[at] -= 1
-            scores[worker].observe(at, end, took)
+            if at == broken:
+                scores[worker].observe_error(at, end, took)
+            else:
+                scores[worker].observe(at, end, took)
             scores[worker].report(at, end, b"%.3f" % (loads[at] / 100))
         worker = number % WORKERS
         one = choose_machine(slots, loads.__getitem__, 1_000, None, rng, policy, scores[worker], now)
@@ -84,6 +92,11 @@ def test_a_machine_that_recovers_gets_its_share_again() -> None:
         Balance.PEAK_EWMA, lambda machine, now: 0.2 if machine == 3 and now < 1005 else 0.005, requests=40_000
     )
     assert again.machines[-4_000:].count(3) > 600  # of a fair share of 1,000
+
+
+def test_a_machine_that_answers_errors_at_once_does_not_draw_the_requests_of_those_that_work() -> None:
+    run = simulated(Balance.PEAK_EWMA, lambda machine, now: 0.0002 if machine == 3 else 0.02, broken=3)
+    assert run.machines.count(3) < len(run.machines) * 0.05
 
 
 def test_equal_machines_share_alike_under_every_policy() -> None:

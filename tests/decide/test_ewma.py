@@ -101,6 +101,17 @@ def test_a_failure_however_quick_makes_a_machine_look_slow_and_one_after_another
     assert average.score(now + 120) < 0.005
 
 
+def test_answers_that_are_errors_double_what_is_expected_up_to_a_second() -> None:
+    average, now = watched([(0, 0.3)])
+    scores = []
+    for _ in range(4):
+        average.observe_error(now, 0.0001)
+        scores.append(average.score(now))
+    assert scores == [0.6, 1.0, 1.0, 1.0]
+    average.observe_error(now, 5.0)
+    assert average.score(now) == 5.0
+
+
 # --- the load an app reports
 
 
@@ -156,8 +167,9 @@ def test_each_slot_has_scores_of_its_own() -> None:
     scores.observe(3, 1000.0, 0.2)
     scores.report(4, 1000.0, b"0.25")
     scores.observe_failure(5, 1000.0)
-    assert [scores.response_time(slot, 1000.0) for slot in (3, 4, 5)] == [0.2, FIRST_GUESS_S, 1.0]
-    assert [scores.reported_load(slot, 1000.0) for slot in (3, 4, 5)] == [None, 0.25, None]
+    scores.observe_error(6, 1000.0, 0.0001)
+    assert [scores.response_time(slot, 1000.0) for slot in (3, 4, 5, 6)] == [0.2, FIRST_GUESS_S, 1.0, 2 * FIRST_GUESS_S]
+    assert [scores.reported_load(slot, 1000.0) for slot in (3, 4, 5, 6)] == [None, 0.25, None, None]
 
 
 def test_garbage_leaves_the_load_reported_before() -> None:
