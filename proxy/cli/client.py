@@ -18,6 +18,7 @@ from proxy.cli.node import (
     app_path,
     find_machine,
     find_node,
+    lease_header,
     list_apps,
     list_machines,
     machine_path,
@@ -89,7 +90,9 @@ def _count(states: dict[str, int]) -> str:
 
 
 def _remark(machine: dict[str, Any]) -> str:
-    """What an operator should know of a machine: that it is held back after failed starts, or a note."""
+    """What an operator should know of a machine: a cordon, that it is held back after failed starts, or a note."""
+    if machine.get("cordoned"):
+        return "cordoned" + (f"; {machine['note']}" if machine.get("note") else "")
     if not machine.get("hold_reason"):
         return str(machine.get("note") or "")
     left = float(machine.get("hold_until") or 0) - time.time()
@@ -114,7 +117,8 @@ def machine_list(api: Api, app: str | None, as_json: bool) -> None:
 def machine_status(api: Api, wanted: str, app: str | None, as_json: bool) -> None:
     found = find_machine(api, wanted, app)
     path = machine_path(found.app, found.id)
-    machine, events, wakes = api.get(path), api.get(f"{path}/events"), _wakes(api, path)
+    machine = api.get(path, {"include_leases": "true"})
+    events, wakes = api.get(f"{path}/events"), _wakes(api, path)
     if as_json:
         print_json({"app": found.app, **machine, "events": events, "wakes": wakes})
         return
@@ -124,9 +128,20 @@ def machine_status(api: Api, wanted: str, app: str | None, as_json: bool) -> Non
         say(f"  port {endpoint['internal_port']} at {endpoint['host']}:{endpoint['port']}")
     if remark := _remark(machine):
         say(f"  {remark}")
+    if lease := machine.get("lease"):
+        why = f" ({lease['description']})" if lease.get("description") else ""
+        say(f"  leased by {lease['owner']} for {age(max(0.0, lease['expires_at'] - time.time()))}{why}")
     if wakes:
         say(f"  {_last_wake(wakes)}")
+    if checks := machine.get("checks"):
+        table(("check", "status", "since", "output"), [_check_row(check) for check in checks])
     table(("when", "event", "status", "by", "detail"), [_event_row(event) for event in events])
+
+
+def _check_row(check: dict[str, Any]) -> tuple[object, ...]:
+    """The last result of a health check; of its output the first line."""
+    output = str(check.get("output") or "").strip().partition("\n")[0]
+    return (check.get("name"), check.get("status"), check.get("updated_at"), output[:120])
 
 
 def _last_wake(wake: dict[str, Any]) -> str:
@@ -159,13 +174,15 @@ def _event_row(event: dict[str, Any]) -> tuple[object, ...]:
     return (when, event.get("type"), event.get("status"), event.get("source"), detail)
 
 
-def machine_act(api: Api, verb: str, wanted: str, app: str | None, wait_s: float, as_json: bool) -> None:
+def machine_act(
+    api: Api, verb: str, wanted: str, app: str | None, wait_s: float, as_json: bool, nonce: str | None = None
+) -> None:
     found = find_machine(api, wanted, app)
     path = machine_path(found.app, found.id)
     began = time.monotonic()
     with waiting(f"{verb} {found.app}/{found.id}", quiet=as_json):
         try:
-            api.post(f"{path}/{verb}", timeout_s=max(wait_s, 1.0) + 30.0)
+            api.post(f"{path}/{verb}", timeout_s=max(wait_s, 1.0) + 30.0, headers=lease_header(nonce))
             if wait_s > 0:
                 wait_for_state(api, found, _TARGETS[verb], wait_s)
         except ApiError as error:

@@ -20,11 +20,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-machine_app = typer.Typer(help="List, start and stop machines.", no_args_is_help=True)
+machine_app = typer.Typer(help="List, start, stop, cordon and lease machines.", no_args_is_help=True)
+lease_app = typer.Typer(help="The right to change a machine alone for a while.", no_args_is_help=True)
+metadata_app = typer.Typer(help="Names and values kept with a machine.", no_args_is_help=True)
 certs_app = typer.Typer(help="Certificates.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure your own apps.", no_args_is_help=True)
 app.add_typer(machine_app, name="machine")
 app.add_typer(certs_app, name="certs")
+machine_app.add_typer(lease_app, name="lease")
+machine_app.add_typer(metadata_app, name="metadata")
 app.add_typer(bench_app, name="bench")
 
 
@@ -65,6 +69,12 @@ MachineArgument = Annotated[
         autocompletion=_complete_machine,
     ),
 ]
+_NONCE_VARIABLE = "WAKEFRONT_LEASE_NONCE"
+Nonce = Annotated[
+    str | None, typer.Option("--nonce", envvar=_NONCE_VARIABLE, help="Of the lease you hold, if the machine is leased.")
+]
+NeededNonce = Annotated[str, typer.Option("--nonce", envvar=_NONCE_VARIABLE, help="Of the lease you hold.")]
+Ttl = Annotated[float, typer.Option("--ttl", metavar="SECONDS", min=1, max=86_400, help="When it expires by itself.")]
 Wait = Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait for the new state; 0 = do not.")]
 
 
@@ -200,12 +210,13 @@ def machine_start(
     machine: MachineArgument,
     app_name: AppFilter = None,
     wait: Wait = 60.0,
+    nonce: Nonce = None,
     config: Config = None,
     admin: Admin = None,
     json: Json = False,
 ) -> None:
     """Start or resume a machine."""
-    _act("start", machine, app_name, wait, config, admin, json)
+    _act("start", machine, app_name, wait, nonce, config, admin, json)
 
 
 @machine_app.command("stop")
@@ -213,12 +224,13 @@ def machine_stop(
     machine: MachineArgument,
     app_name: AppFilter = None,
     wait: Wait = 60.0,
+    nonce: Nonce = None,
     config: Config = None,
     admin: Admin = None,
     json: Json = False,
 ) -> None:
     """Stop a machine; the next request starts it cold."""
-    _act("stop", machine, app_name, wait, config, admin, json)
+    _act("stop", machine, app_name, wait, nonce, config, admin, json)
 
 
 @machine_app.command("suspend")
@@ -226,12 +238,13 @@ def machine_suspend(
     machine: MachineArgument,
     app_name: AppFilter = None,
     wait: Wait = 60.0,
+    nonce: Nonce = None,
     config: Config = None,
     admin: Admin = None,
     json: Json = False,
 ) -> None:
     """Freeze a machine; the next request resumes it where it was."""
-    _act("suspend", machine, app_name, wait, config, admin, json)
+    _act("suspend", machine, app_name, wait, nonce, config, admin, json)
 
 
 @machine_app.command("restart")
@@ -239,20 +252,186 @@ def machine_restart(
     machine: MachineArgument,
     app_name: AppFilter = None,
     wait: Wait = 60.0,
+    nonce: Nonce = None,
     config: Config = None,
     admin: Admin = None,
     json: Json = False,
 ) -> None:
     """Stop a machine and start it again."""
-    _act("restart", machine, app_name, wait, config, admin, json)
+    _act("restart", machine, app_name, wait, nonce, config, admin, json)
 
 
 def _act(
-    verb: str, machine: str, app_name: str | None, wait_s: float, config: Path | None, admin: str | None, as_json: bool
-) -> None:
+    verb: str, machine: str, app_name: str | None, wait_s: float, nonce: str | None, config: Path | None,
+    admin: str | None, as_json: bool,
+) -> None:  # fmt: skip
     from proxy.cli.client import connect, machine_act
 
-    machine_act(connect(config, admin), verb, machine, app_name, wait_s, as_json)
+    machine_act(connect(config, admin), verb, machine, app_name, wait_s, as_json, nonce)
+
+
+@machine_app.command("cordon")
+def machine_cordon(
+    machine: MachineArgument,
+    app_name: AppFilter = None,
+    nonce: Nonce = None,
+    config: Config = None,
+    admin: Admin = None,
+    json: Json = False,
+) -> None:
+    """Send a machine nothing new; what it has goes on."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import cordon
+
+    cordon(connect(config, admin), machine, app_name, nonce, json)
+
+
+@machine_app.command("uncordon")
+def machine_uncordon(
+    machine: MachineArgument,
+    app_name: AppFilter = None,
+    nonce: Nonce = None,
+    config: Config = None,
+    admin: Admin = None,
+    json: Json = False,
+) -> None:
+    """Let a cordoned machine have requests again."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import uncordon
+
+    uncordon(connect(config, admin), machine, app_name, nonce, json)
+
+
+@machine_app.command("wait")
+def machine_wait(
+    machine: MachineArgument,
+    state: Annotated[
+        list[str] | None,
+        typer.Option("--state", "-s", help="A state, or several with commas; `settled` is any that lasts."),
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0)] = 60.0,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Fail at once if its instance_id is another.")
+    ] = None,
+    from_event: Annotated[
+        str | None, typer.Option("--from-event", metavar="ID", help="Only what came after this event counts.")
+    ] = None,
+    app_name: AppFilter = None,
+    config: Config = None,
+    admin: Admin = None,
+    json: Json = False,
+) -> None:
+    """Wait until a machine is in a state (default: started)."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import wait
+
+    wait(connect(config, admin), machine, app_name, state or ["started"], timeout, version, from_event, json)
+
+
+@lease_app.command("show")
+def lease_show(
+    machine: MachineArgument, app_name: AppFilter = None, config: Config = None, admin: Admin = None, json: Json = False
+) -> None:
+    """Who holds a machine, and until when."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import lease_show
+
+    lease_show(connect(config, admin), machine, app_name, json)
+
+
+@lease_app.command("take")
+def lease_take(
+    machine: MachineArgument,
+    ttl: Ttl = 60.0,
+    description: Annotated[str, typer.Option("--description", "-d", help="What others are told.")] = "",
+    app_name: AppFilter = None,
+    config: Config = None,
+    admin: Admin = None,
+    json: Json = False,
+) -> None:
+    """Take a machine to yourself for a while; changes then need the nonce that this prints."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import lease_take
+
+    lease_take(connect(config, admin), machine, app_name, ttl, description, None, json)
+
+
+@lease_app.command("extend")
+def lease_extend(
+    machine: MachineArgument,
+    nonce: NeededNonce,
+    ttl: Ttl = 60.0,
+    app_name: AppFilter = None,
+    config: Config = None,
+    admin: Admin = None,
+    json: Json = False,
+) -> None:
+    """Keep a lease that you hold for longer, from now on."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import lease_take
+
+    lease_take(connect(config, admin), machine, app_name, ttl, "", nonce, json)
+
+
+@lease_app.command("release")
+def lease_release(
+    machine: MachineArgument,
+    nonce: NeededNonce,
+    app_name: AppFilter = None,
+    config: Config = None,
+    admin: Admin = None,
+    json: Json = False,
+) -> None:
+    """Give a lease back."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import lease_release
+
+    lease_release(connect(config, admin), machine, app_name, nonce, json)
+
+
+@metadata_app.command("show")
+def metadata_show(
+    machine: MachineArgument, app_name: AppFilter = None, config: Config = None, admin: Admin = None, json: Json = False
+) -> None:
+    """A machine's metadata."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import metadata_show
+
+    metadata_show(connect(config, admin), machine, app_name, json)
+
+
+@metadata_app.command("set")
+def metadata_set(
+    machine: MachineArgument,
+    pairs: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...")],
+    app_name: AppFilter = None,
+    nonce: Nonce = None,
+    config: Config = None,
+    admin: Admin = None,
+    json: Json = False,
+) -> None:
+    """Set keys of a machine's metadata; others stay."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import metadata_set
+
+    metadata_set(connect(config, admin), machine, app_name, pairs, nonce, json)
+
+
+@metadata_app.command("remove")
+def metadata_remove(
+    machine: MachineArgument,
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...")],
+    app_name: AppFilter = None,
+    nonce: Nonce = None,
+    config: Config = None,
+    admin: Admin = None,
+    json: Json = False,
+) -> None:
+    """Remove keys from a machine's metadata."""
+    from proxy.cli.client import connect
+    from proxy.cli.machine import metadata_remove
+
+    metadata_remove(connect(config, admin), machine, app_name, keys, nonce, json)
 
 
 @certs_app.command("ca")

@@ -129,8 +129,14 @@ class Api:
     def get(self, path: str, query: dict[str, Any] | None = None, timeout_s: float = 10.0) -> Any:
         return self._call("GET", path, query, None, timeout_s)
 
-    def post(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 60.0) -> Any:
-        return self._call("POST", path, None, body if body is not None else {}, timeout_s)
+    def post(
+        self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 60.0,
+        headers: dict[str, str] | None = None,
+    ) -> Any:  # fmt: skip
+        return self._call("POST", path, None, body if body is not None else {}, timeout_s, headers)
+
+    def delete(self, path: str, headers: dict[str, str] | None = None, timeout_s: float = 10.0) -> Any:
+        return self._call("DELETE", path, None, None, timeout_s, headers)
 
     def text(self, path: str, timeout_s: float = 10.0) -> str:
         connection, response = self._open("GET", path, None, None, timeout_s)
@@ -155,9 +161,10 @@ class Api:
             connection.close()
 
     def _call(
-        self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None, timeout_s: float
-    ) -> Any:
-        connection, response = self._open(method, path, query, body, timeout_s)
+        self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None, timeout_s: float,
+        more: dict[str, str] | None = None,
+    ) -> Any:  # fmt: skip
+        connection, response = self._open(method, path, query, body, timeout_s, more)
         try:
             raw = response.read().decode("utf-8", "replace")
         except (OSError, http.client.HTTPException) as error:
@@ -173,10 +180,11 @@ class Api:
             ) from error
 
     def _open(
-        self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None, timeout_s: float | None
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None,
+        timeout_s: float | None, more: dict[str, str] | None = None,
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:  # fmt: skip
         target = path + ("?" + urlencode(query) if query else "")
-        headers = {"Authorization": f"Bearer {self.node.token}", "Accept": "application/json"}
+        headers = {"Authorization": f"Bearer {self.node.token}", "Accept": "application/json", **(more or {})}
         payload = None
         if body is not None:
             payload, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
@@ -230,6 +238,15 @@ def app_path(app: str) -> str:
 
 def machine_path(app: str, machine: str) -> str:
     return f"{app_path(app)}/machines/{quote(machine, safe='')}"
+
+
+def lease_header(nonce: str | None) -> dict[str, str]:
+    """What a change of a leased machine needs (proxy.control.leases.HEADER)."""
+    if nonce is None:
+        return {}
+    if not nonce.isascii() or not nonce.isalnum():
+        raise CliError(f"{nonce!r} is no nonce of a lease: it has letters and digits only.", USAGE)
+    return {"fly-machine-lease-nonce": nonce}
 
 
 def list_apps(api: Api) -> list[dict[str, Any]]:

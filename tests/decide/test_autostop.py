@@ -117,7 +117,7 @@ def test_a_busy_machine_is_passed_by_however_idle_it_looks() -> None:
     st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=12), st.integers(0, 5), st.integers(0, 12),
     st.floats(0, 200), st.floats(0.1, 100),
 )  # fmt: skip
-def test_no_pass_goes_below_the_minimum_takes_a_busy_machine_or_leaves_too_few_for_the_load(
+def test_no_pass_goes_below_the_minimum_and_none_takes_a_busy_machine_for_idle(
     loads: list[tuple[int, bool]], least: int, at_once: int, now: float, timeout: float
 ) -> None:
     running = [Use(MachineId(f"m{place}"), load, 0.0, busy) for place, (load, busy) in enumerate(loads)]
