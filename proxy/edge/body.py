@@ -291,6 +291,8 @@ class KeptBody:
     def add(self, data: bytes) -> None:
         """Keep the next bytes of the body."""
         count = len(data)
+        if not count:
+            return
         self.size += count
         if not self.is_replayable:
             if self._replays:
@@ -394,6 +396,9 @@ class KeptBody:
         room = BLOCK - len(blocks[-1]) if blocks else 0
         if room and len(data) <= room:
             blocks[-1] += data
+            return
+        if not room and len(data) <= BLOCK:  # as most bodies are: one piece, which is all
+            blocks.append(bytearray(data))
             return
         view = memoryview(data)
         if room:

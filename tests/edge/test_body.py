@@ -13,6 +13,7 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Budget(BodyBudget):
         self._is_idle = asyncio.Event()
 
     def run(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        file = getattr(job, "func", job).__self__
+        method: Any = job.func if isinstance(job, partial) else job
+        file = method.__self__
         assert id(file) not in self._under_way, "two jobs at once for one body"
         self._under_way.add(id(file))
         self.order.append(file)
@@ -147,7 +149,7 @@ class Gate:
             assert self._open.wait(20)
             return real(*args)
 
-        monkeypatch.setattr(module.os, name, call)
+        monkeypatch.setattr(os, name, call)
 
     async def reached(self) -> None:
         assert await asyncio.to_thread(self.arrived.wait, 20)
@@ -588,8 +590,8 @@ async def test_a_disk_that_takes_little_at_a_time_is_asked_again(plane: Plane, m
         joined = b"".join(buffers)
         return real_write(fd, [joined[: 40_000 + len(joined) % 7]], offset)
 
-    monkeypatch.setattr(module.os, "pwritev", pwritev)
-    monkeypatch.setattr(module.os, "pread", lambda fd, length, offset: real_read(fd, min(length, 9_999), offset))
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: real_read(fd, min(length, 9_999), offset))
     body = plane.body(memory=0, spool=64 * MIB)
     body.add(content(MIB))
     assert await Sink().begin(body).all() == content(MIB)
@@ -628,7 +630,7 @@ async def test_where_every_file_needs_a_name_none_is_left_behind(plane: Plane, m
             raise OSError(errno.EOPNOTSUPP, "not here")
         return real(path, flags, *args, **more)
 
-    monkeypatch.setattr(module.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     plane.folder.mkdir()
     (plane.folder / "body-of-a-crashed-worker").touch()
     body = plane.body(memory=0, spool=MIB)
@@ -726,7 +728,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd, buffers, offset)
 
-    monkeypatch.setattr(module.os, "pwritev", pwritev)
+    monkeypatch.setattr(os, "pwritev", pwritev)
 
 
 async def test_on_a_full_disk_requests_go_on_and_one_warning_a_minute_is_logged(
@@ -790,7 +792,7 @@ async def test_a_file_that_cannot_be_read_fails_the_replay(
             return b""
         raise OSError(errno.EIO, "bad sector")
 
-    monkeypatch.setattr(module.os, "pread", pread)
+    monkeypatch.setattr(os, "pread", pread)
     sink = Sink().begin(body)
     with pytest.raises(OSError, match="bad sector" if fault == "error" else "before what was written"):
         await sink.all()
@@ -878,7 +880,7 @@ STEP = st.one_of(
     st.tuples(st.just("add"), st.sampled_from([0, 1, 100, 5_000, BLOCK - 1, BLOCK, 150_000, 400_000])),
     st.tuples(st.just("replay"), st.just(0)),
     st.tuples(st.sampled_from(["pause", "resume", "cancel"]), st.integers(0, 3)),
-    st.tuples(st.sampled_from(["turn", "disk"]), st.just(0)),
+    st.tuples(st.sampled_from(["turn", "disk", "disk fills up", "disk has room"]), st.just(0)),
 )
 LAST = st.sampled_from(["", "", "stop_keeping", "release"])
 
@@ -892,7 +894,8 @@ class Trial:
         self.body = KeptBody(self.budget, APP, memory, spool, self.client.pause, self.client.resume)
         self.added = bytearray()
         self.sinks: list[Sink] = []
-        self.cancelled: list[Sink] = []
+        self._is_full = False
+        self._pwritev = os.pwritev
 
     async def step(self, what: str, argument: int) -> None:
         if what == "add":
@@ -906,10 +909,17 @@ class Trial:
             await asyncio.sleep(0)
         elif what == "disk":
             await self.budget.idle()
+        elif what.startswith("disk"):
+            self._is_full = what == "disk fills up"
         elif argument < len(self.sinks):
             self._tell(self.sinks[argument], what)
         for sink in self.sinks:
             assert self.added.startswith(sink.data)
+
+    def pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        if self._is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._pwritev(fd, buffers, offset)
 
     def _tell(self, sink: Sink, what: str) -> None:
         assert sink.replayed is not None
@@ -953,9 +963,11 @@ def test_every_sink_gets_the_bytes_added_in_order_and_budgets_return_to_zero(
 ) -> None:
     async def run() -> None:
         trial = Trial(tmp_path / "spool", memory, spool, bounds)
-        for what, argument in steps:
-            await trial.step(what, argument)
-        await trial.finish(last)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "pwritev", trial.pwritev)
+            for what, argument in steps:
+                await trial.step(what, argument)
+            await trial.finish(last)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
