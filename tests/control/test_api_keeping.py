@@ -327,6 +327,31 @@ async def test_the_list_is_narrowed_by_metadata_region_and_state(client: Client)
     assert await ids("region=fra") == set()
 
 
+# --- checks
+
+
+async def test_the_last_results_of_its_checks_are_part_of_a_machine(rig: Rig) -> None:
+    check = {
+        "name": "servicecheck-00-tcp-8080",
+        "status": "passing",
+        "output": "",
+        "updated_at": "2027-01-15T08:00:00Z",
+    }
+    await rig.load(an_app(count=2))
+    node = Node(rig)
+    api = Api(node, rig.apps, rig.fleet, rig.store, Metrics(rig.memory, node), rig.clock, str(rig.folder))
+    api.checks_of = lambda machine: [check] if machine is rig.machine() else []
+    await api.start("127.0.0.1", 0)
+    async with aiohttp.ClientSession() as session:
+        client = Client(rig, node, api, session)
+        listed = (await ask(client, "GET", "/v1/apps/web/machines"))[1]
+        assert {one["id"]: one["checks"] for one in listed} == {
+            rig.machine("web", 0).id: [check], rig.machine("web", 1).id: []
+        }  # fmt: skip
+        assert (await ask(client, "GET", path_of(client)))[1]["checks"] == [check]
+    await api.close()
+
+
 # --- wait
 
 
