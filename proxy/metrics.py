@@ -37,6 +37,7 @@ class MachineFacts:
     exit_oom: bool
     restarts: int
     is_held: bool
+    checks: Sequence[tuple[str, str]] = ()  # names and statuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +125,13 @@ class Metrics:
         oom = _metric("fly_instance_exit_oom", "1 if the last end was for lack of memory.", "gauge")
         restarts = _metric("wakefront_machine_restarts_count", "Restarts by restart policy.")
         held = _metric("wakefront_machine_held", "1 while starts are held back after failures.", "gauge")
+        checks = _metric("wakefront_check_passing", "1 while a health check of a running machine passes.", "gauge")
         states = _metric("wakefront_machine_state", "1 for the state that the machine is in.", "gauge")
         for one in facts.machines:
             labels = {"app": one.app, **base, "instance": one.id}
             if one.is_up:
+                for name, status in one.checks:
+                    checks.add_sample(checks.name, {**labels, "check": name}, int(status == "passing"))
                 load.add_sample(load.name, labels, max(0, self._memory.in_flight(one.slot)))
                 up.add_sample(up.name, labels, 1)
             admitted.add_sample(admitted.name, labels, self._memory.admitted(one.slot))
@@ -137,7 +141,7 @@ class Metrics:
             restarts.add_sample(restarts.name, labels, one.restarts)
             held.add_sample(held.name, labels, int(one.is_held))
             states.add_sample(states.name, {**labels, "state": one.state}, 1)
-        yield from (load, admitted, up, code, oom, restarts, held, states)
+        yield from (load, admitted, up, code, oom, restarts, held, checks, states)
 
     # --- workers
 

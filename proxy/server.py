@@ -30,6 +30,7 @@ from certs import CertificateError
 from proxy import clock, config, ipc, namespace
 from proxy.control.api import Api
 from proxy.control.apps import Apps, Changes
+from proxy.control.checks import Checks
 from proxy.control.domains import Domains
 from proxy.control.fine_timer import FineClock
 from proxy.control.idle import IdleWatch
@@ -156,11 +157,14 @@ class Server:
         self.hub = Hub(ctx.control_listener, ctx.plan.workers, memory, self._clock, plan.settings)
         epoch = self.store.next_epoch(self._clock.unix())
         self.fleet = Fleet(self._drivers, self.store, memory, self._clock, self.hub, _make_socket, epoch)
+        self.checks = Checks(self.fleet, self._clock, clock.new_random(), _make_socket)
+        self.fleet.health = self.checks
         snapshot = os.path.join(ctx.plan.run_dir, "table.msgpack")
         self.apps = Apps(self.store, self.fleet, self.hub, memory, self._clock, clock.new_random(), snapshot)
         self.domains = Domains(ctx.plan.data_dir, ctx.plan.run_dir, self._clock)
         self.metrics = Metrics(memory, self)
         self.api = Api(self, self.apps, self.fleet, self.store, self.metrics, self._clock, ctx.plan.data_dir)
+        self.api.checks_of = self.checks.checks_of
         self.idle = IdleWatch(
             self.fleet, memory, self._clock, self.apps.pools, plan.region, self._autostop_interval_s, _make_socket
         )
@@ -194,6 +198,7 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.checks.close()
         await self.api.close()
         await self.hub.close()
         await self.domains.close()
@@ -414,6 +419,7 @@ class Server:
                     row.oom_killed,
                     row.restart_count,
                     row.hold_until > now,
+                    self.checks.statuses(machine.id),
                 )
             )
         apps = [AppCells(entry.plan.name, entry.slot) for entry in self.apps.all()]
@@ -430,6 +436,7 @@ class Server:
             machines = [
                 {
                     "id": one.id, "state": one.row.state, "group": one.row.group, "note": one.note,
+                    "cordoned": one.row.cordoned,
                     "hold_reason": one.row.hold_reason,
                     "hold_until": one.row.hold_until or None,
                     "in_flight": self._memory.in_flight(one.row.slot),

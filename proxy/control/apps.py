@@ -253,6 +253,7 @@ class Apps:
     def _update(self, machine: Owned, app: AppPlan, group: GroupPlan) -> None:
         assert self.plan is not None
         machine.app, machine.group = app, group
+        self._fleet.health.look(machine)
         try:
             self._give_ports(machine.row, app, group)
         except OSError as error:

@@ -32,7 +32,7 @@ from proxy.control.ulid import new_ulid
 from proxy.decide.restart import hold_s, restart_pause_s
 from proxy.errors import Code
 from proxy.machines.driver import Driver, DriverError, Exit, MachineSpec, Running
-from proxy.model import Autostop, Endpoint, Machine, MachineId, MachineState, RegionCode
+from proxy.model import Autostop, Endpoint, Machine, MachineId, MachineState, RegionCode, RestartPolicy
 from proxy.state import SharedMemory
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ _OTHER_PORTS_S = 2.0  # what the second and further ports of a machine get once 
 _DRAIN_POLL_S = 0.05
 _GOODBYE_S = 1.0  # what tunnels get to end, once workers were told to end them
 _RECHECK_S = 1.0
+_FAILING_DRAIN_S = 5.0  # what a machine with failing checks gets to finish what it has, before its restart
 _TELL_S = 0.005
 _NOTE_S = 0.005
 
@@ -56,6 +57,31 @@ class Cordons(Protocol):
 
     def end_tunnels(self, machine: Owned) -> None:
         """Have workers end what is open to it, WebSockets with 1001."""
+
+
+class HealthWatch(Protocol):
+    """Who checks machines (checks.py). It says what it finds by `Fleet.set_failing` and `Fleet.restart_failing`."""
+
+    def look(self, machine: Owned) -> None:
+        """The machine's state or its app changed: begin, go on or leave off."""
+
+    async def first_pass(self, machine: Owned, deadline: float) -> None:
+        """It has just been started and listens: wait until its service checks passed once, or that takes too long."""
+
+    def forget(self, machine: Owned) -> None: ...
+
+
+class NoHealthWatch:
+    """Nothing is checked."""
+
+    def look(self, machine: Owned) -> None:
+        pass
+
+    async def first_pass(self, machine: Owned, deadline: float) -> None:
+        pass
+
+    def forget(self, machine: Owned) -> None:
+        pass
 
 
 class Refused(Exception):
@@ -100,7 +126,7 @@ class WakePhases:
 class Flight:
     """A start or resume under way."""
 
-    __slots__ = ("cut", "cut_by", "fault", "phases", "probe", "result", "spec")
+    __slots__ = ("cut", "cut_by", "fault", "is_resume", "phases", "probe", "result", "spec")
 
     def __init__(self, phases: WakePhases) -> None:
         loop = asyncio.get_running_loop()
@@ -111,6 +137,7 @@ class Flight:
         self.phases = phases
         self.spec: MachineSpec | None = None  # what is to be started, once that is in the journal
         self.fault: Exception | None = None  # of a start that was tried at once
+        self.is_resume = False
 
     def cut_short(self, by: str) -> None:
         self.cut_by = self.cut_by or by
@@ -167,6 +194,7 @@ class Owned:
             id=self.id, region=self.region, group=row.group, state=self.state, version=row.version, slot=row.slot,
             endpoints=self.spec.endpoints, netns_pid=self.running.netns_pid if self.running else 0,
             cordoned=row.cordoned, hold_reason=row.hold_reason, hold_until=row.hold_until,
+            failing_ports=row.failing_ports, started_at=row.started_at,
         )  # fmt: skip
 
 
@@ -186,6 +214,7 @@ class Fleet:
         self._epoch = epoch << _VERSIONS_PER_EPOCH
         self._machines: dict[MachineId, Owned] = {}
         self._ending_all = False
+        self.health: HealthWatch = NoHealthWatch()
         self.on_change: Callable[[Owned], None] = lambda machine: None
         self.on_wake: Callable[[Owned, WakeResult], None] = lambda machine, result: None
         for driver in drivers.values():
@@ -209,6 +238,7 @@ class Fleet:
         machine.idle_since = self._clock.monotonic()
         if machine.is_static:
             machine.row.state = MachineState.STARTED
+            self.health.look(machine)
         if not machine.row.instance_id:
             self._new_instance(machine)
         self._store.save_later(machine.row)
@@ -237,7 +267,7 @@ class Fleet:
                 self._change(machine, Change.SUSPEND)
                 machine.ending = spawn(self._suspend_steps(machine, False), f"suspend {machine.id}")
             case MachineState.STARTED:
-                return
+                self.health.look(machine)
             case MachineState.SUSPENDED if machine.driver.is_frozen(machine.id):
                 return
             case MachineState.STOPPING:
@@ -429,6 +459,7 @@ class Fleet:
         return None
 
     async def _resume(self, machine: Owned, flight: Flight) -> WakeResult | None:
+        flight.is_resume = True
         if machine.state is not MachineState.STARTING:
             self._change(machine, Change.START, tell_soon=True)
         asyncio.get_running_loop().call_soon(self._event, machine, "start", "starting", flight.phases.source)
@@ -465,17 +496,19 @@ class Fleet:
         return self._give_up(machine, Code.WAKE_TIMEOUT, f"nothing listened on port {ports} within {waited:g} s")
 
     def _reached(self, machine: Owned, flight: Flight) -> None:
-        flight.phases.listening = self._clock.monotonic()
-        row = machine.row
+        now, row = self._clock.monotonic(), machine.row
+        flight.phases.listening = flight.phases.listening or now
         row.failures, row.hold_until, row.hold_reason = 0, 0.0, None
-        machine.idle_since = flight.phases.listening
+        row.started_at = self._clock.unix()
+        machine.idle_since = now
         self._change(machine, Change.REACHED)
 
     def _begin_probe(self, machine: Owned, flight: Flight, deadline: float) -> asyncio.Task[bool]:
         return spawn(self._probe(machine, flight, deadline), f"probe {machine.id}")
 
     async def _probe(self, machine: Owned, flight: Flight, deadline: float) -> bool:
-        """The first port must answer by the deadline; the others get a moment more, and a note if they do not.
+        """The first port must answer by the deadline; the others get a moment more, and a note if they do not. Then
+        the checks of its services must pass once; one that does not in time keeps nobody waiting any longer.
 
         That it was reached is told from here, as all who wait are waiting for that, not for the end of the flight.
         """
@@ -489,6 +522,11 @@ class Fleet:
                 machine.note = f"port {endpoint.port} (internal_port {endpoint.internal_port}) does not listen"
         if machine.state is not MachineState.STARTING or flight.cut.done():
             return False
+        if not flight.is_resume:  # one that was frozen goes on as it was, with what its checks said last
+            flight.phases.listening = self._clock.monotonic()
+            await self.health.first_pass(machine, deadline)
+            if machine.state is not MachineState.STARTING or flight.cut.done():
+                return False
         self._reached(machine, flight)
         return True
 
@@ -537,7 +575,9 @@ class Fleet:
         self._record_exit(owned, end, requested=was is MachineState.STOPPING)
         owned.running = None
         if was is MachineState.STARTING:
-            self._count_failure(owned, f"it ended before it listened: {_how(end)}")
+            listened = flight is not None and flight.phases.listening
+            missed = "its checks passed" if listened else "it listened"
+            self._count_failure(owned, f"it ended before {missed}: {_how(end)}")
         self._change(owned, Change.FAIL if owned.unreached else Change.EXITED, at_once=True)
         owned.unreached = False
         owned.driver.forget(machine)
@@ -730,6 +770,8 @@ class Fleet:
                 await self._clock.sleep(_DRAIN_POLL_S)
             if won.done() or not self._is_steady(machine) or self._memory.in_flight(machine.row.slot):
                 return False
+            if machine.row.cordoned:  # it came meanwhile: the machine is the operator's
+                return False
             if mode is Autostop.SUSPEND and machine.driver.can_suspend:
                 self.suspend(machine, "proxy", or_stop=True)
             else:
@@ -795,6 +837,7 @@ class Fleet:
             machine.driver.release(machine.id)
             if machine.state not in LIVE:
                 self._change(machine, Change.DESTROY)
+        self.health.forget(machine)
         del self._machines[machine.id]
         self._store.delete_machine(machine.id)
 
@@ -832,6 +875,50 @@ class Fleet:
             machine.note = ""
         finally:
             machine.rechecking = None
+
+    # --- what its checks say
+
+    def set_failing(self, machine: Owned, ports: tuple[int, ...]) -> None:
+        """The internal ports of its services with a check that does not pass: told to workers while it runs."""
+        row = machine.row
+        if row.failing_ports == ports:
+            return
+        row.failing_ports = ports
+        if machine.state is MachineState.STARTED:
+            row.version = self._next_version(row.version)
+            self._store.save_later(row)
+            self._tell(machine)
+
+    def restart_failing(self, machine: Owned, reason: str) -> bool:
+        """Restart a machine for its failing checks, as its app asks for. False: not now, or not any more.
+
+        These restarts count with those after exits, and make them wait: see decide/restart.py.
+        """
+        if machine.is_static or machine.is_leaving or machine.row.cordoned or self._ending_all:
+            return False
+        if machine.handshake is not None or not self._is_steady(machine):
+            return False
+        now, tries = self._clock.monotonic(), machine.restarts
+        retries = machine.group.restart_retries
+        pause = restart_pause_s(RestartPolicy.ON_FAILURE, None, None, tries, now, retries)
+        if pause is None or (tries and now - tries[-1] < pause):
+            return False
+        tries.append(now)
+        machine.row.restart_count += 1
+        request = {"restart_count": machine.row.restart_count, "reason": reason}
+        self._event(machine, "restart", "stopping", "flyd", request)
+        spawn(self._restart_steps(machine), f"restart {machine.id}")
+        return True
+
+    async def _restart_steps(self, machine: Owned) -> None:
+        end = self.stop(machine, "flyd", drain_s=_FAILING_DRAIN_S)
+        if end is not None:
+            await asyncio.wait({end})
+        is_ours = machine.row.stopped_by == "flyd"  # a user who stops it meanwhile is obeyed
+        if is_ours and machine.state.is_startable and machine.flight is None and not self._ending_all:
+            result = await asyncio.shield(self.wake(machine.id, "flyd"))
+            if result.code in (Code.START_FAILED, Code.WAKE_TIMEOUT):
+                self._after_exit(machine, Exit())
 
     # --- waiting for a state
 
@@ -877,6 +964,7 @@ class Fleet:
             asyncio.get_running_loop().call_later(_TELL_S, self._tell_if_still, machine, row.version)
         else:
             self._tell(machine)
+        self.health.look(machine)
 
     def _tell_if_still(self, machine: Owned, version: int) -> None:
         if machine.row.version == version and self._machines.get(machine.id) is machine:

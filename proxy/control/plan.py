@@ -15,6 +15,7 @@ from proxy.config import AppConfig, GroupConfig, NodeConfig
 from proxy.decide.autostop import WarmHours
 from proxy.ipc import PROTOCOL, Settings
 from proxy.model import AppLimits, AppName, Autostop, Endpoint, RegionCode, RestartPolicy, Service, WakeOn
+from proxy.wire.fly_toml import NamedCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ class AppPlan:
     warm_hours: tuple[WarmHours, ...] = ()
     limits: AppLimits = field(default_factory=AppLimits)
     statics: tuple[StaticMachine, ...] = ()
+    checks: tuple[NamedCheck, ...] = ()  # of the top level: told, never part of routing
+    restart_on_checks: float = 0.0  # seconds of failing service checks after which a machine is restarted; 0 = never
 
     def group(self, name: str) -> GroupPlan | None:
         return next((group for group in self.groups if group.name == name), None)
@@ -155,6 +158,7 @@ def _app_plan(app: AppConfig) -> AppPlan:
         idle_timeout_s=app.idle_timeout_s,
         limits=app.limits,
         statics=tuple(StaticMachine(one.id, one.endpoints(app.services)) for one in app.machines),
+        checks=app.fly.checks,
     )
 
 

@@ -73,6 +73,8 @@ class MachineRow:
     oom_killed: bool = False
     created_at: float = 0.0
     updated_at: float = 0.0
+    started_at: float = 0.0  # its last start or resume
+    failing_ports: tuple[int, ...] = ()  # internal ports of services with a check that does not pass
     cordoned: bool = False  # by an operator: it gets no new requests
     metadata: dict[str, str] = field(default_factory=dict)  # as set by users; `fly_process_group` is not among it
     lease: Lease | None = None  # the last one taken; it may have expired
