@@ -7,7 +7,9 @@ out the access log, whose writer is a thread.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import uvloop
@@ -80,7 +82,7 @@ def whole_request(request: bytes, response: bytes) -> Callable[[], object]:
     asyncio.set_event_loop(loop)
     _, memory = SharedMemory.create(1)
     settings = Settings(PROTOCOL, "bench", "ams", "apps.localhost")
-    edge = EdgeContext(loop, memory, 0, settings, {80: 8080}, FakeLink())
+    edge = EdgeContext(loop, memory, 0, settings, {80: 8080}, FakeLink(), Path(os.devnull))
     edge.table.start_load()
     edge.table.set_app(_app())
     edge.table.end_load()

@@ -103,8 +103,9 @@ class Worker:
         self._link = Link(self, ctx.plan.run_dir)
         public_ports = {listener.public_port: listener.socket.getsockname()[1] for listener in ctx.listeners}
         self.edge = EdgeContext(
-            loop, self._memory, ctx.slot, Settings(PROTOCOL, "", "local", ""), public_ports, self._link
-        )
+            loop, self._memory, ctx.slot, Settings(PROTOCOL, "", "local", ""), public_ports, self._link,
+            Path(ctx.plan.data_dir) / "spool",
+        )  # fmt: skip
         self._gate = Gate(connection_limit(0))
         data_dir, run_dir = Path(ctx.plan.data_dir), Path(ctx.plan.run_dir)
         records = PackReader(run_dir / "certificates", load_or_make_secret(data_dir / "secret.key"))

@@ -7,12 +7,14 @@ import logging
 import os
 import random
 from bisect import bisect_left
+from pathlib import Path
 from typing import Protocol
 
 from proxy.clock import unix
 from proxy.decide.ewma import MachineScores
 from proxy.decide.ulid import TraceMaker, UlidMaker
 from proxy.edge.access_log import AccessLog, Record
+from proxy.edge.body import BodyBudget
 from proxy.edge.table import Table
 from proxy.edge.timers import Wheel
 from proxy.edge.waker import Waker
@@ -60,8 +62,10 @@ class EdgeContext:
         settings: Settings,
         public_ports: dict[int, int],
         link: ControlLink,
+        spool_folder: Path,
     ) -> None:
-        """`public_ports` maps each public port that is listened on to the port bound for it."""
+        """`public_ports` maps each public port that is listened on to the port bound for it; `spool_folder` is where
+        request bodies that are kept go beyond memory."""
         self.loop = loop
         self.memory = memory
         self.worker = worker
@@ -73,6 +77,7 @@ class EdgeContext:
         self.public_ports = public_ports
         self.rng = random.Random()
         self.scores = MachineScores()
+        self.bodies = BodyBudget(loop, spool_folder)
         self.link = link
         self.waker = Waker(self.wheel, link, self.table, self.rng)
         self.ulids = UlidMaker(os.urandom(8))
@@ -169,5 +174,6 @@ class EdgeContext:
         self.count(W_LOG_DROPPED, lines)
 
     def close(self) -> None:
+        self.bodies.close()
         self.log.close()
         self.wheel.close()

@@ -19,9 +19,12 @@ from proxy.clock import monotonic_ns, unix
 from proxy.decide.balance import Preference, choose_machine
 from proxy.decide.ewma import LOAD_HEADER
 from proxy.decide.headers import redirect_target, request_head, response_framing, trailer_block
+from proxy.decide.replay import MAX_JSON_BYTES, Directive, parse_headers, parse_json
 from proxy.decide.retry import Step, next_step
 from proxy.decide.wake import Held, choose_to_wake
 from proxy.edge.access_log import Record
+from proxy.edge.body import KeptBody, Replayed
+from proxy.edge.handover import Handover
 from proxy.edge.relay import Tunnel
 from proxy.edge.steering import steer
 from proxy.edge.table import AppView, MachineView, PortView, ServiceView
@@ -30,11 +33,14 @@ from proxy.edge.waker import HealthWait
 from proxy.errors import Code, ProxyError, Source, http_status
 from proxy.ipc import PassiveFailure
 from proxy.model import AppName, MachineId
-from proxy.wire.http1 import CHUNKED, Headers, RequestHead, ResponseHead
+from proxy.wire.http1 import CHUNKED, UNTIL_CLOSE, Headers, RequestHead, ResponseHead
 
 if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
 
+DISCARD_BYTES = 64 * 1024  # of an answer that is a replay, read to its end so that its connection can be kept
+DISCARD_S = 2.0
+_IN_JSON = Directive()  # stands for one that is still being read
 HOLD_BYTES = 64 * 1024  # of a body held while there is no machine to send it to
 
 
@@ -70,11 +76,12 @@ class Exchange:
     """One request. Created by a stream when a head is whole; gone when the record is written."""
 
     __slots__ = (
-        "app", "attempts", "body_done", "bytes_in", "bytes_out", "chunked_out", "client_held", "close_after", "code",
-        "connecting", "counted_slot", "detail", "edge", "ended", "extra", "failed", "first_byte_ns", "head",
-        "head_only", "health_wait", "held", "held_bytes", "machine", "port", "request_id", "response", "sent_ns",
-        "started_ns", "started_unix", "status", "stream", "ticket", "trailers", "tried", "tunnel", "upstream",
-        "upstream_full", "upstream_held", "wake_machine", "wake_ns", "wakes", "want",
+        "app", "attempts", "body_done", "bytes_in", "bytes_out", "cached", "chunked_out", "client_held", "close_after",
+        "code", "collected", "connecting", "counted_slot", "detail", "edge", "ended", "extra", "failed",
+        "first_byte_ns", "handing", "handover", "head", "head_only", "health_wait", "held", "held_bytes", "kept",
+        "machine", "port", "replayed", "request_id", "response", "sent_ns", "started_ns", "started_unix", "status",
+        "stream", "ticket", "trailers", "tried", "tunnel", "upstream", "upstream_full", "upstream_held",
+        "wake_machine", "wake_ns", "wakes", "want",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeContext, stream: Stream, head: RequestHead) -> None:
@@ -94,6 +101,12 @@ class Exchange:
         self.want: Preference | None = None  # what the client asks for
         self.extra = b""  # header lines for the machine beside the usual ones
         self.health_wait: HealthWait | None = None
+        self.handover: Handover | None = None  # once a replay, or the replay cache, has sent it elsewhere
+        self.handing: Directive | None = None  # the answer under way is a replay, and not the client's
+        self.collected: list[bytes] | None = None  # of a replay in JSON
+        self.cached = b""  # what the replay cache made of it: hit, miss, bypass
+        self.kept: KeptBody | None = None  # the request's body, for a replay
+        self.replayed: Replayed | None = None  # it is being sent again
         self.attempts = 0
         self.wakes = 0
         self.tried: set[MachineId] | None = None
@@ -142,7 +155,7 @@ class Exchange:
         if port.force_https and not stream.is_tls:
             self._redirect()
             return
-        if head.noted and not steer(self):
+        if (head.noted or port.steers or app.has_replayed) and not steer(self):
             return
         self.choose()
 
@@ -155,6 +168,15 @@ class Exchange:
         else:
             self._choose()
 
+    def aim(self, app: AppView, port: PortView) -> None:
+        """From here on it is for this app: a replay says so."""
+        self.app, self.port = app, port
+        self.response = None
+        self.first_byte_ns = 0
+        self.tried = None
+        self.wakes = self.attempts = 0
+        self.choose()
+
     def _choose_again(self) -> None:
         """By the newest records: they may have been replaced while we waited."""
         old = self.app
@@ -162,7 +184,7 @@ class Exchange:
         app = self.edge.table.apps.get(old.name)
         port = app.ports.get(self.stream.public_port) if app is not None else None
         if app is None or port is None or not port.http or port.tls is not self.stream.is_tls:
-            self.refuse(ProxyError(Code.UNKNOWN_HOST, detail="the app was removed meanwhile"))
+            self._fail(ProxyError(Code.MACHINE_GONE, detail="the app was removed meanwhile"))
             return
         self.app, self.port = app, port
         self.choose()
@@ -235,7 +257,7 @@ class Exchange:
                 self._wake(view.record.id)
                 return True
         if want.force is not None:
-            self.refuse(ProxyError(Code.FORCED_UNREACHED, Source.MACHINE, detail=f"machine {name} takes no requests"))
+            self._fail(ProxyError(Code.FORCED_UNREACHED, Source.MACHINE, detail=f"machine {name} takes no requests"))
             return True
         self.extra += b"fly-preferred-instance-unavailable: %b\r\n" % str(name).encode("ascii")
         self.want = Preference(None, None, want.exclude)
@@ -255,19 +277,19 @@ class Exchange:
             self._wait_for_health(service)
             return
         if not service.record.autostart:
-            self.refuse(ProxyError(Code.NO_CANDIDATE, detail="no machine runs and autostart is off"))
+            self._fail(ProxyError(Code.NO_CANDIDATE, detail="no machine runs and autostart is off"))
             return
         now = unix()
         choice = choose_to_wake((one.record for one in self.app.machines.values()), service.record.processes, now)
         if isinstance(choice, Held):
-            self.refuse(
+            self._fail(
                 ProxyError(
                     Code.WAKE_HELD, Source.MACHINE, detail=choice.reason,
                     retry_after_s=max(1, round(choice.until - now)),
                 )
             )  # fmt: skip
         elif choice is None:
-            self.refuse(ProxyError(Code.NO_CANDIDATE, detail="the app has no machine for this port"))
+            self._fail(ProxyError(Code.NO_CANDIDATE, detail="the app has no machine for this port"))
         else:
             self._wake(choice)
 
@@ -280,14 +302,14 @@ class Exchange:
         try:
             self.health_wait = edge.waker.wait_for_health(service, self.app, limits.queue_timeout_s, self._on_healthy)
         except ProxyError as error:
-            self.refuse(error)
+            self._fail(error)
 
     def _on_healthy(self, error: ProxyError | None) -> None:
         self.health_wait = None
         if self.ended:
             return
         if error is not None:
-            self.refuse(error)
+            self._fail(error)
         else:
             self._go_on(self._choose_again)
 
@@ -295,7 +317,7 @@ class Exchange:
         assert self.app is not None
         self.wakes += 1
         if self.wakes > 3:
-            self.refuse(ProxyError(Code.NO_CANDIDATE_AFTER_RETRIES, detail="woken three times, reached never"))
+            self._fail(ProxyError(Code.NO_CANDIDATE_AFTER_RETRIES, detail="woken three times, reached never"))
             return
         self.tried = None
         self.wake_machine = machine
@@ -304,7 +326,7 @@ class Exchange:
             self.ticket = self.edge.waker.wait(self.app, machine, self._on_woken)
         except ProxyError as error:
             self._wake_over()
-            self.refuse(error)
+            self._fail(error)
 
     def _wake_over(self) -> None:
         self.wake_ns += monotonic_ns()
@@ -315,7 +337,7 @@ class Exchange:
         if self.ended:
             return
         if error is not None:
-            self.refuse(error)
+            self._fail(error)
         else:
             self._go_on(self._choose_again)
 
@@ -371,6 +393,9 @@ class Exchange:
         self.upstream = connection
         connection.begin(self, self.head_only)
         self.sent_ns = monotonic_ns()
+        handover = self.handover
+        if handover is not None:
+            handover.opened()
         identity = stream.identity(head.minor, port.service.pooled or head.upgrade is not None)
         data = request_head(
             head,
@@ -379,7 +404,7 @@ class Exchange:
             int(self.started_unix * 1_000_000),
             edge.traces.next(),
         )
-        if self.body_done and self.held is None:
+        if self.body_done and self.held is None and self.kept is None:
             connection.transport.write(data)
             limit = app.record.limits.first_byte_timeout_s
             if limit is not None:
@@ -391,10 +416,13 @@ class Exchange:
         if head.expects_continue and limit is not None:
             connection.arm(limit)  # the client waits for the machine's word, and sends no last byte before it
         held, self.held, self.held_bytes = self.held, None, 0
-        for piece in held or ():
-            self._write_body(connection, piece)
-        if self.body_done:
-            self._finish_request(connection)
+        if handover is not None and self.kept is not None:
+            self.replayed = self.kept.replay(_Again(self, connection))
+        else:
+            for piece in held or ():
+                self._write_body(connection, piece)
+            if self.body_done:
+                self._finish_request(connection)
         if self.client_held:
             self.client_held = False
             stream.resume_body()
@@ -419,9 +447,12 @@ class Exchange:
         self.bytes_in += len(data)
         if self.head.expects_continue:
             self._on_continue()
+        if not self.ended and (self.response is None or self.replayed is not None):
+            self._keep(data)
         connection = self.upstream
         if connection is not None:
-            self._write_body(connection, data)
+            if self.replayed is None:
+                self._write_body(connection, data)
             if self.response is not None and self.port is not None and not self.upstream_held:
                 connection.arm(self.port.idle_s)
         elif not self.ended:
@@ -432,6 +463,50 @@ class Exchange:
             if self.held_bytes > HOLD_BYTES and not self.client_held:
                 self.client_held = True
                 self.stream.pause_body()
+
+    def _keep(self, data: bytes) -> None:
+        """A copy for a replay, as far as the budgets go."""
+        kept = self.kept
+        if kept is None:
+            app, bodies = self.app, self.edge.bodies
+            if app is None or self.bytes_in != len(data):
+                return
+            limits = app.record.limits
+            spools = app.has_replayed or app.record.keeps_bodies
+            kept = self.kept = KeptBody(
+                bodies, app.name, limits.replay_memory_bytes, limits.replay_spool_bytes if spools else 0,
+                self.stream.pause_body, self.stream.resume_body,
+            )  # fmt: skip
+        kept.add(data)
+
+    @property
+    def can_send_again(self) -> bool:
+        """Whether all of the request's body that has come is kept."""
+        return not self.bytes_in or (self.kept is not None and self.kept.is_replayable)
+
+    def _release_body(self) -> None:
+        if self.replayed is not None:
+            self.replayed.cancel()
+            self.replayed = None
+        if self.kept is not None:
+            self.kept.release()
+            self.kept = None
+
+    def write_again(self, connection: UpstreamConnection, data: bytes) -> None:
+        if self.upstream is connection:
+            self._write_body(connection, data)
+
+    def on_sent_again(self, connection: UpstreamConnection) -> None:
+        """All that was kept has gone to the machine; what still comes goes straight there."""
+        self.replayed = None
+        if self.upstream is connection and self.body_done:
+            self._finish_request(connection)
+
+    def on_keeping_failed(self, connection: UpstreamConnection, detail: str) -> None:
+        """What was kept can't be read back: the machine has a part of the request, and gets no more."""
+        self.replayed = None
+        if self.upstream is connection and not self.ended:
+            self._go_on(lambda: self._on_failure(ProxyError(Code.REPLAY_BODY_GONE, Source.EDGE, detail=detail)))
 
     def _on_continue(self) -> None:
         """A 100 came, or a client that would not wait for it has begun its body: now that is what is waited for."""
@@ -444,7 +519,7 @@ class Exchange:
             return
         self.body_done = True
         self.trailers = trailers
-        if self.upstream is not None and not self.ended:
+        if self.upstream is not None and not self.ended and self.replayed is None:
             self._finish_request(self.upstream)
 
     # --- the answer, from the machine
@@ -458,6 +533,10 @@ class Exchange:
         self.first_byte_ns = monotonic_ns()
         if head.noted or port.watches:
             self._watch(head)
+            if head.noted and self._on_noted(head):
+                return
+        if self.kept is not None:
+            self.kept.stop_keeping()
         self.response = head
         self.status = head.status
         framing, self.chunked_out, must_close = response_framing(head, self.head_only, request.minor)
@@ -474,6 +553,53 @@ class Exchange:
         for name, value in head.noted:
             if name == LOAD_HEADER:
                 edge.scores.report(machine.slot, now, value)
+
+    def _on_noted(self, head: ResponseHead) -> bool:
+        """What the machine says to us. True if that is a replay: then the answer is not the client's."""
+        as_json = any(name == b"content-type" for name, _ in head.noted)
+        try:
+            directive = parse_headers(head.noted)
+        except ProxyError as error:
+            self.refuse(error)
+            return True
+        if directive is None and not as_json:
+            return False
+        self.handing = directive or _IN_JSON
+        told = directive is not None
+        self.response = head
+        self.collected = None if told else []
+        connection = self.upstream
+        assert connection is not None
+        if not told and head.length > MAX_JSON_BYTES:
+            self.refuse(ProxyError(Code.REPLAY_INVALID, Source.MACHINE, detail="a replay in JSON that is too long"))
+        elif told and (head.length > DISCARD_BYTES or (head.length == UNTIL_CLOSE and not self.head_only)):
+            connection.abort()
+            self.upstream = None
+            self._go_on(self._hand_on)
+        else:
+            connection.arm(DISCARD_S)
+        return True
+
+    def _hand_on(self) -> None:
+        """The machine's answer is out of the way: follow the replay."""
+        directive, self.handing = self.handing, None
+        pieces, self.collected = self.collected, None
+        response, self.response = self.response, None
+        assert directive is not None and response is not None
+        if pieces is not None:
+            try:
+                directive = parse_json(b"".join(pieces))
+            except ProxyError as error:
+                self.refuse(error)
+                return
+        self.held, self.held_bytes = None, 0
+        if self.replayed is not None:
+            self.replayed.cancel()
+            self.replayed = None
+        self._release_load()
+        if self.handover is None:
+            self.handover = Handover(self)
+        self.handover.follow(directive)
 
     def _on_interim(self, head: ResponseHead) -> None:
         if head.status == 100 and self.head.expects_continue:
@@ -505,26 +631,49 @@ class Exchange:
             self.tunnel.from_machine(data)
 
     def on_response_body(self, data: bytes) -> None:
+        if self.handing is not None:
+            self._on_handing_body(data)
+            return
         self.bytes_out += len(data)
         if self.chunked_out:
             self.stream.send_chunk(data)
         else:
             self.stream.send_data(data)
 
+    def _on_handing_body(self, data: bytes) -> None:
+        """The body of an answer that is a replay: JSON to be read, or nothing to anybody."""
+        if self.upstream is None:
+            return
+        self.bytes_out += len(data)
+        if self.collected is not None:
+            self.collected.append(data)
+            if self.bytes_out > MAX_JSON_BYTES:
+                self.refuse(ProxyError(Code.REPLAY_INVALID, Source.MACHINE, detail="a replay in JSON that is too long"))
+        elif self.bytes_out > DISCARD_BYTES:
+            self.upstream.abort()
+            self.upstream = None
+            self._go_on(self._hand_on)
+
     def on_response_end(self, trailers: Headers) -> None:
         if self.machine is not None and self.machine.passive is not None:
             self.machine.passive.succeeded(self.edge.wheel.now)
-        if self.chunked_out:
+        connection, response = self.upstream, self.response
+        if self.handing is not None and connection is None:
+            return  # it was cut off, and the replay is under way
+        if self.handing is None and self.chunked_out:
             self.stream.send_last_chunk(trailers)
-        connection, self.upstream = self.upstream, None
-        response = self.response
+        self.upstream = None
         assert connection is not None and response is not None
         if self.upstream_held:
             self.upstream_held = False
             connection.gate.resume()
         self.on_upstream_resume()
         connection.release(clean=response.keep_alive and self.body_done and self.head.upgrade is None)
-        self._end(close=self.close_after or not self.body_done)
+        if self.handing is not None:
+            self.bytes_out = 0
+            self._go_on(self._hand_on)
+        else:
+            self._end(close=self.close_after or not self.body_done)
 
     def on_upstream_read(self) -> None:
         """The machine's bytes of this turn have been taken: pass on what gathered."""
@@ -544,7 +693,11 @@ class Exchange:
     def on_upstream_failed(self, error: ProxyError) -> None:
         self.upstream = None
         self.upstream_held = False
-        if not self.ended:
+        if self.ended:
+            return
+        if self.handing is not None and self.collected is None:
+            self._go_on(self._hand_on)  # the rest of its answer is of no use to anybody
+        else:
             self._go_on(lambda: self._on_failure(error))
 
     # --- back-pressure
@@ -553,6 +706,8 @@ class Exchange:
         if not self.upstream_full:
             self.upstream_full = True
             self.stream.pause_body()
+            if self.replayed is not None:
+                self.replayed.pause()
             if self.upstream is not None and self.port is not None and self.tunnel is None and not self.upstream_held:
                 self.upstream.arm(self.port.idle_s)  # a machine that takes nothing has this long
 
@@ -560,6 +715,8 @@ class Exchange:
         if self.upstream_full:
             self.upstream_full = False
             self.stream.resume_body()
+            if self.replayed is not None:
+                self.replayed.resume()
             if self.upstream is not None and self.response is None and not self.body_done:
                 self.upstream.disarm()
 
@@ -585,6 +742,8 @@ class Exchange:
     def _on_failure(self, error: ProxyError) -> None:
         if self.tunnel is not None:
             self.tunnel.machine_lost()
+        elif self.handing is not None:
+            self.refuse(ProxyError(Code.REPLAY_INVALID, Source.MACHINE, detail=f"a replay that was cut off: {error}"))
         elif self.response is not None:
             self._fail_midway(error)
         else:
@@ -606,7 +765,7 @@ class Exchange:
             self.tried = tried
             self._another(machine)
         else:
-            self.refuse(error)
+            self._fail(error)
 
     def _fresh(self, machine: MachineView) -> asyncio.Task[None]:
         assert self.port is not None and self.app is not None
@@ -625,8 +784,22 @@ class Exchange:
             self.tried = None
             self._choose()
 
+    def _fail(self, error: ProxyError) -> None:
+        """No machine was reached. Where a replay pointed there, that is for its sender to hear of."""
+        if self.handover is not None and self.handover.is_open:
+            self.leave_target()
+            self.handover.failed(error)
+        else:
+            self.refuse(error)
+
+    def leave_target(self) -> None:
+        """Stop trying to reach where a replay pointed."""
+        self._drop_waits()
+        self._release_load()
+
     def refuse(self, error: ProxyError) -> None:
         """Answer with an error of ours. Only before any byte of an answer has been sent."""
+        self.handing = None
         self.code, self.detail, self.failed = error.code, error.detail, True
         self._drop_upstream()
         self.status = http_status(error.code)
@@ -680,7 +853,8 @@ class Exchange:
         self.upstream = None
         self._record()
 
-    def _drop_upstream(self) -> None:
+    def _drop_waits(self) -> None:
+        """Whatever is waited for before a machine has the request, nobody waits for it any more."""
         if self.wake_machine is not None:
             self.edge.waker.cancel(self.wake_machine, self.ticket)
             self._wake_over()
@@ -690,10 +864,16 @@ class Exchange:
         if self.connecting is not None:
             self.connecting.cancel()
             self.connecting = None
+
+    def _drop_upstream(self) -> None:
+        self._drop_waits()
+        if self.handover is not None:
+            self.handover.stop()
         connection, self.upstream = self.upstream, None
         if connection is not None:
             connection.abort()
         self.held = None
+        self._release_body()
         self.on_upstream_resume()
         if self.client_held:
             self.client_held = False
@@ -714,6 +894,8 @@ class Exchange:
             return
         self.ended = True
         self._release_load()
+        if self.kept is not None:
+            self._release_body()
         edge, app, head = self.edge, self.app, self.head
         now = monotonic_ns()
         us = (now - self.started_ns) // 1000
@@ -741,6 +923,25 @@ class Exchange:
                     self.detail, self.tunnel is not None,
                 )
             )  # fmt: skip
+
+
+class _Again:
+    """Where a kept body goes when it is sent again."""
+
+    __slots__ = ("_connection", "_exchange")
+
+    def __init__(self, exchange: Exchange, connection: UpstreamConnection) -> None:
+        self._exchange = exchange
+        self._connection = connection
+
+    def write(self, data: bytes) -> None:
+        self._exchange.write_again(self._connection, data)
+
+    def done(self) -> None:
+        self._exchange.on_sent_again(self._connection)
+
+    def failed(self, error: Exception) -> None:
+        self._exchange.on_keeping_failed(self._connection, repr(error))
 
 
 def error_page(error: ProxyError) -> bytes:

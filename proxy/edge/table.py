@@ -72,12 +72,13 @@ class ServiceView:
 class PortView:
     """One public port of an app: where its requests go and what is done to them."""
 
-    __slots__ = ("force_https", "http", "idle_s", "record", "rules", "service", "tls", "watches")
+    __slots__ = ("force_https", "http", "idle_s", "record", "rules", "service", "steers", "tls", "watches")
 
     def __init__(self, record: Port, service: ServiceView, idle_s: float, watches: bool) -> None:
         """`watches`: the app's way to choose needs response times."""
         self.record = record
         self.watches = watches
+        self.steers = bool(record.replay_cache)
         self.idle_s = record.idle_timeout_s or idle_s
         self.service = service
         self.http = "http" in record.handlers
@@ -89,7 +90,7 @@ class PortView:
 class AppView:
     """An app, ready for requests."""
 
-    __slots__ = ("cells", "has_failures", "machines", "name", "ports", "record", "services")
+    __slots__ = ("cells", "has_failures", "has_replayed", "machines", "name", "ports", "record", "services")
 
     def __init__(
         self, record: App, public_ports: Iterable[int], machines: dict[MachineId, MachineView], cells: int
@@ -100,6 +101,7 @@ class AppView:
         self.machines = machines
         self.services = [ServiceView(service, machines.values()) for service in record.services]
         self.has_failures = any(machine.passive is not None for machine in machines.values())
+        self.has_replayed = False  # its machines answer with fly-replay: bodies are worth keeping
         self.ports: dict[int, PortView] = {}
         for service in self.services:
             for port in service.record.ports:
@@ -179,6 +181,7 @@ class Table:
         for host in record.hostnames:
             self.hosts[host] = app
         if old is not None:
+            app.has_replayed = old.has_replayed
             self._drop_left_over(old, app)
         if self._loading is not None:
             self._loading.add(record.name)

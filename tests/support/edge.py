@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from proxy.edge.context import EdgeContext
@@ -130,13 +132,15 @@ class EdgeHarness:
 
     def __init__(self, **settings: Any) -> None:
         loop = asyncio.get_running_loop()
+        self._spool = tempfile.TemporaryDirectory(prefix="wakefront-spool-")
         self._fd, self.memory = SharedMemory.create(1)
         self.sent = SentMessages()
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.edge = EdgeContext(
-            loop, self.memory, 0, Settings(PROTOCOL, "n1", "ams", "apps.test", **settings), {80: self.port}, self.sent
-        )
+            loop, self.memory, 0, Settings(PROTOCOL, "n1", "ams", "apps.test", **settings), {80: self.port}, self.sent,
+            Path(self._spool.name),
+        )  # fmt: skip
         self.gate = Gate(1000)
         self.listener = Listener(self.edge, self.gate, 80, self.socket, None, None)  # type: ignore[arg-type]
         self._writers: list[asyncio.StreamWriter] = []
@@ -208,4 +212,5 @@ class EdgeHarness:
         for origin in self._origins:
             await origin.stop()
         self.edge.close()
+        self._spool.cleanup()
         self.socket.close()

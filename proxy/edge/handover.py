@@ -1,0 +1,157 @@
+"""A request that its app handed on with `fly-replay`: where it goes next, and what becomes of it when it gets nowhere.
+
+One `Handover` per request that was replayed at least once; the Exchange keeps it and asks it at three points: when an
+answer says where to go (`follow`), when that can't be reached (`failed`), when a connection to it stands (`opened`).
+What a directive says is decide/replay.py's to read and judge; how a request is sent is the Exchange's.
+Source: spec routing §2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxy.clock import monotonic_ns, unix
+from proxy.decide.balance import Preference
+from proxy.decide.region import expand_regions
+from proxy.decide.replay import Directive, FailReason, Fallback, apply_transform, judge, replay_failed, replay_src
+from proxy.edge.table import AppView, MachineView, PortView
+from proxy.edge.timers import Call
+from proxy.errors import Code, ProxyError, Source
+from proxy.model import RegionCode
+
+if TYPE_CHECKING:
+    from proxy.edge.exchange import Exchange
+
+_UNREACHED = frozenset(
+    {
+        Code.NO_CANDIDATE, Code.NO_CANDIDATE_AFTER_RETRIES, Code.NO_HEALTHY, Code.FORCED_UNREACHED, Code.QUEUE_FULL,
+        Code.QUEUE_TIMEOUT, Code.CONNECT_REFUSED, Code.CONNECT_RESET, Code.CONNECT_TIMEOUT, Code.CONNECT_IO,
+        Code.WAKE_HELD, Code.WAKE_TIMEOUT, Code.WAKE_INTERNAL, Code.WAKE_BUDGET, Code.START_FAILED, Code.NOT_STARTABLE,
+        Code.START_CANCELLED, Code.TOO_MANY_WAITERS, Code.CONTROL_UNAVAILABLE, Code.MACHINE_GONE,
+        Code.REPLAY_UNREACHED,
+    }
+)  # fmt: skip
+_RETRIED = frozenset({Code.CONNECT_REFUSED, Code.CONNECT_RESET, Code.CONNECT_TIMEOUT, Code.CONNECT_IO})
+
+
+class Handover:
+    """Where a replayed request came from and how far it has got."""
+
+    __slots__ = (
+        "_app", "_came_back", "_directive", "_exchange", "_machine", "_original", "_port", "_reached", "_replays",
+        "_started_ns", "_timer",
+    )  # fmt: skip
+
+    _app: AppView  # of the machine that handed the request on
+    _port: PortView
+    _machine: MachineView
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        head = exchange.head
+        self._original = (head.target, head.passed, head.listed_hops)
+        self._directive: Directive | None = None
+        self._reached = False
+        self._started_ns = 0
+        self._timer: Call | None = None
+        self._came_back = False  # by a fallback: it is not handed on again
+        self._replays = 0
+
+    def follow(self, directive: Directive) -> None:
+        """Send the request to where its app says."""
+        exchange = self._exchange
+        app, port, machine = exchange.app, exchange.port, exchange.machine
+        assert app is not None and port is not None and machine is not None
+        self._app, self._port, self._machine = app, port, machine
+        self._directive = directive
+        self._reached = False
+        self._started_ns = monotonic_ns()
+        table = exchange.edge.table
+        target = app if directive.app is None else table.apps.get(directive.app)
+        error = judge(
+            directive, self._replays, self._came_back, app.record, target.record if target is not None else None
+        )
+        self._replays += 1
+        if error is None and not exchange.can_send_again:
+            error = ProxyError(Code.REPLAY_BODY_GONE, detail="the request's body was more than is kept")
+        if error is not None or target is None:
+            exchange.refuse(error or ProxyError(Code.REPLAY_APP_UNKNOWN))
+            return
+        app.has_replayed = True
+        self._address(directive, target)
+
+    def _address(self, directive: Directive, target: AppView) -> None:
+        """Turn the exchange towards the target, and let it choose there."""
+        exchange = self._exchange
+        head, edge = exchange.head, exchange.edge
+        source = replay_src(self._machine.record.id, edge.region, int(unix() * 1e6), directive.state)
+        exchange.extra = b"fly-replay-src: %b\r\n" % source
+        head.target, head.passed, head.listed_hops = self._original
+        transform = directive.transform
+        if transform is not None:
+            head.target = transform.path or head.target
+            head.passed = apply_transform(head.passed, transform, head.listed_hops)
+            head.listed_hops = frozenset()  # they are out; what the app has set stays, whatever the client named
+        if directive.timeout_s is not None:
+            self._timer = edge.wheel.call_later(directive.timeout_s, self._on_timeout)
+        port = target.ports.get(exchange.stream.public_port)
+        if port is None or not port.http:
+            self.failed(ProxyError(Code.REPLAY_UNREACHED, detail=f"{target.name} serves no HTTP on this port"))
+            return
+        if directive.regions and not expand_regions(directive.regions, RegionCode(edge.region), ()):
+            self.failed(ProxyError(Code.REPLAY_UNREACHED, detail="none of the regions is this node's"))
+            return
+        exclude = frozenset({self._machine.record.id} if directive.elsewhere else ())
+        exchange.want = Preference(directive.instance, directive.prefer_instance, exclude)
+        exchange.aim(target, port)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the target has not been reached yet: until then a failure is the replay's."""
+        return self._directive is not None and not self._reached
+
+    def opened(self) -> None:
+        """A connection to the target stands: what comes now is its answer, whatever it is (spec routing §2.2)."""
+        self._reached = True
+        self.stop()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timeout(self) -> None:
+        self._timer = None
+        if self.is_open and not self._exchange.ended:
+            self._exchange.leave_target()
+            self._give_back(
+                FailReason.TIMEOUT, ProxyError(Code.REPLAY_UNREACHED, detail="not reached within its timeout")
+            )
+
+    def failed(self, error: ProxyError) -> None:
+        """The target could not be reached."""
+        reason = FailReason.RETRIES_EXHAUSTED if error.code in _RETRIED else FailReason.NO_CANDIDATE
+        self._give_back(reason, error)
+
+    def _give_back(self, reason: FailReason, error: ProxyError) -> None:
+        """Back to the app that handed it on where that asked for it, else the end."""
+        self.stop()
+        exchange, directive = self._exchange, self._directive
+        assert directive is not None
+        if directive.fallback is None or error.code not in _UNREACHED:
+            self._reached = True  # nothing more is tried on behalf of the replay
+            detail = f"replay by {self._machine.record.id} of {self._app.name}: {reason.value}: {error}"
+            code = Code.REPLAY_UNREACHED if error.code in _UNREACHED else error.code
+            exchange.refuse(ProxyError(code, Source.MACHINE, detail=detail, retry_after_s=error.retry_after_s))
+            return
+        source = self._machine.record.id
+        self._directive = None
+        self._came_back = True
+        elapsed_ms = (monotonic_ns() - self._started_ns) // 1_000_000
+        failed = replay_failed(directive, directive.app or self._app.name, source, reason, elapsed_ms)
+        exchange.extra = b"fly-replay-failed: %b\r\n" % failed
+        head = exchange.head
+        head.target, head.passed, head.listed_hops = self._original
+        force = source if directive.fallback is Fallback.FORCE_SELF else None
+        exchange.want = Preference(force, None if force else source)
+        exchange.aim(self._app, self._port)
