@@ -96,7 +96,7 @@ _TIMEOUT_PART = re.compile(rb"([0-9]{1,9}(?:\.[0-9]{0,9})?)(ms|s|m|h)")
 _TIMEOUT = re.compile(rb"(?:[0-9]{1,9}(?:\.[0-9]{0,9})?(?:ms|s|m|h)){1,4}").fullmatch
 _USUAL_TIMEOUT = re.compile(rb"([0-9]{1,9})(ms|s)?").fullmatch
 _NUMBER = re.compile(rb"[0-9]{1,9}").fullmatch
-_UNITS: Final = {b"ms": 0.001, b"s": 1.0, b"m": 60.0, b"h": 3600.0}
+_UNIT_MS: Final = {b"": 1, b"ms": 1, b"s": 1000, b"m": 60_000, b"h": 3_600_000}
 _FALLBACKS: Final = {one.value.encode(): one for one in Fallback}
 _TOKEN = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,255}").fullmatch  # RFC 9110 §5.6.2
 _TEXT = re.compile(rb"[\t\x20-\x7e\x80-\xff]*").fullmatch  # what a field value may hold, RFC 9110 §5.5
@@ -152,14 +152,14 @@ def _read_timeout(value: bytes) -> float:
     """`10s`, `800ms`, `1m30s`. A bare number is milliseconds: the one seen in use, 1500, makes no sense in seconds."""
     usual = _USUAL_TIMEOUT(value)
     if usual is not None:
-        seconds = int(usual[1]) * _UNITS[usual[2] or b"ms"]
+        ms: float = int(usual[1]) * _UNIT_MS[usual[2] or b""]
     elif _TIMEOUT(value):
-        seconds = sum(float(number) * _UNITS[unit] for number, unit in _TIMEOUT_PART.findall(value))
+        ms = sum(float(number) * _UNIT_MS[unit] for number, unit in _TIMEOUT_PART.findall(value))
     else:
         raise _invalid(f"timeout: expected a duration such as 10s or 800ms, saw {_shown(value)}")
-    if seconds <= 0:
+    if ms <= 0:
         raise _invalid("timeout: expected more than nothing")
-    return min(seconds, MAX_TIMEOUT_S)
+    return min(ms / 1000, MAX_TIMEOUT_S)
 
 
 def _read_fallback(value: bytes) -> Fallback:
