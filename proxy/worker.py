@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import hmac
 import json
 import logging
 import os
@@ -108,7 +109,9 @@ class Worker:
         )  # fmt: skip
         self._gate = Gate(connection_limit(0))
         data_dir, run_dir = Path(ctx.plan.data_dir), Path(ctx.plan.run_dir)
-        records = PackReader(run_dir / "certificates", load_or_make_secret(data_dir / "secret.key"))
+        secret = load_or_make_secret(data_dir / "secret.key")
+        self.edge.sticky_keys = (hmac.digest(secret, b"sticky cookies", "sha256"),)
+        records = PackReader(run_dir / "certificates", secret)
         self._certificates = Certificates(records, self._ask_certificate, monotonic)
         self._listeners: list[Listener] = []
         self._covered: dict[int, list[Listener]] = {}  # spare slots that we accept for, their worker can't start
@@ -253,6 +256,14 @@ class Worker:
         self.edge.table.end_load()
         self._loaded.set()
 
+    def _on_app(self, message: AppSet) -> None:
+        self.edge.table.set_app(message.app)
+        self.edge.replays.forget_app(message.app.name)  # rules and targets may be others now
+
+    def _on_app_gone(self, message: AppGone) -> None:
+        self.edge.table.remove_app(message.name)
+        self.edge.replays.forget_app(message.name)
+
     def _on_cordon(self, message: CordonAsk) -> None:
         self.edge.table.soft_cordon(message.app, message.machine, True)
         self._link.send(CordonAck(message.machine, message.sequence))
@@ -279,8 +290,8 @@ class Worker:
         Settings: _on_settings,
         TableStart: _on_start,
         TableEnd: _on_end,
-        AppSet: lambda self, message: self.edge.table.set_app(message.app),
-        AppGone: lambda self, message: self.edge.table.remove_app(message.name),
+        AppSet: _on_app,
+        AppGone: _on_app_gone,
         MachineSet: lambda self, message: self.edge.table.set_machine(message.app, message.machine),
         WakeDone: lambda self, message: self.edge.waker.on_wake_done(message),
         CordonAsk: _on_cordon,

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from proxy.clock import unix
 from proxy.decide.ewma import MachineScores
+from proxy.decide.replay_cache import ReplayCache
 from proxy.decide.ulid import TraceMaker, UlidMaker
 from proxy.edge.access_log import AccessLog, Record
 from proxy.edge.body import BodyBudget
@@ -73,10 +74,12 @@ class EdgeContext:
         self.worker_base = memory.worker_base(worker)
         self.load = Load(memory, worker)
         self.wheel = Wheel(loop)
-        self.table = Table(public_ports, lambda slot: memory.app_base(worker, slot))
+        self.table = Table(public_ports, lambda slot: memory.app_base(worker, slot), memory.workers)
         self.public_ports = public_ports
         self.rng = random.Random()
         self.scores = MachineScores()
+        self.replays = ReplayCache()
+        self.sticky_keys: tuple[bytes, ...] = (os.urandom(32),)  # until the node's own are given
         self.bodies = BodyBudget(loop, spool_folder)
         self.link = link
         self.waker = Waker(self.wheel, link, self.table, self.rng)

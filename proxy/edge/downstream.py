@@ -22,6 +22,7 @@ from proxy.decide.headers import (
     switching_head,
     trailer_block,
 )
+from proxy.edge.access import AccessGate
 from proxy.edge.exchange import Exchange, error_page
 from proxy.edge.flow import ReadGate
 from proxy.edge.relay import Tunnel
@@ -86,10 +87,9 @@ class HttpConnection(asyncio.Protocol):
     """One client connection. Satisfies `exchange.Stream` and `wire.http1.RequestSink`."""
 
     __slots__ = (
-        "_app_cells", "_broken", "_edge", "_eof", "_exchange", "_gate", "_held_upgrade", "_identities", "_lingered",
-        "_listener", "_local_ip",
-        "_out", "_phase", "_queue", "_queue_paused", "_reader", "_transport", "_tunnel", "_turn", "_write_paused",
-        "client_ip", "deadline", "is_tls", "public_port", "sni_app", "wheel_tick",
+        "_app_cells", "_broken", "_edge", "_entered", "_eof", "_exchange", "_gate", "_held_upgrade", "_identities",
+        "_lingered", "_listener", "_local_ip", "_out", "_phase", "_queue", "_queue_paused", "_reader", "_transport",
+        "_tunnel", "_turn", "_write_paused", "client_ip", "deadline", "is_tls", "public_port", "sni_app", "wheel_tick",
     )  # fmt: skip
 
     _transport: Transport
@@ -117,6 +117,7 @@ class HttpConnection(asyncio.Protocol):
         self._write_paused = False
         self._lingered = 0
         self._app_cells = -1  # counters of the app whose request came first
+        self._entered: AccessGate | None = None  # the gate that counts this connection
         self._turn = False  # inside data_received: a finished exchange need not look for the next
         self.deadline = NEVER
         self.wheel_tick = 0
@@ -180,6 +181,9 @@ class HttpConnection(asyncio.Protocol):
             self._edge.cells[self._app_cells + A_DISCONNECTS] += 1
         self._listener.connections.discard(self)
         self._listener.on_closed()
+        if self._entered is not None:
+            self._entered.leave(self.client_ip)
+            self._entered = None
         exchange, self._exchange = self._exchange, None
         self._queue = None
         self._out.clear()
@@ -316,6 +320,15 @@ class HttpConnection(asyncio.Protocol):
 
     # --- Stream: what the exchange sends
 
+    def enter(self, gate: AccessGate) -> ProxyError | None:
+        """Count the connection with the app that its first request is for; why it may not stay, else None."""
+        if self._entered is not None:
+            return None
+        error = gate.enter(self.client_ip)
+        if error is None:
+            self._entered = gate
+        return error
+
     def identity(self, minor: int, keep: bool) -> bytes:
         fields = self._identities.get((minor, keep))
         if fields is None:
@@ -364,7 +377,7 @@ class HttpConnection(asyncio.Protocol):
         parts = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Error"))]
         for name, value in fields:
             parts += (name, b": ", value, b"\r\n")
-        if body:
+        if body and not any(name == b"content-type" for name, _ in fields):
             parts.append(b"content-type: text/plain; charset=utf-8\r\n")
         parts += (
             b"content-length: %d\r\nserver: " % len(body), self._edge.server, b"\r\nfly-request-id: ", request_id,
@@ -553,7 +566,8 @@ def plain_ip(address: object) -> str:
 
 
 _REASONS = {
-    301: b"Moved Permanently", 400: b"Bad Request", 404: b"Not Found", 408: b"Request Timeout",
+    301: b"Moved Permanently", 400: b"Bad Request", 403: b"Forbidden", 404: b"Not Found", 413: b"Content Too Large",
+    429: b"Too Many Requests", 408: b"Request Timeout",
     414: b"URI Too Long", 417: b"Expectation Failed", 421: b"Misdirected Request",
     431: b"Request Header Fields Too Large", 500: b"Internal Server Error", 501: b"Not Implemented",
     502: b"Bad Gateway", 503: b"Service Unavailable", 504: b"Gateway Timeout", 505: b"HTTP Version Not Supported",

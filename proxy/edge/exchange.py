@@ -4,9 +4,9 @@ An Exchange knows no HTTP version towards the client: it talks to a `Stream`. It
 waited for: a running machine with a kept connection costs no task. What is waited for calls back: a connection being
 made (`on_connected`), a machine being woken (`_on_woken`).
 
-    run (route, redirect) -> _choose -> _attempt -> [connect] -> _send -> response head -> relay -> _end
-                                  |  ^                    |
-                                wake +---- retry ---------+
+    run (route, access, redirect, steer) -> choose -> _attempt -> [connect] -> _send -> answer's head -> relay -> _end
+                                            |  ^                      |              |
+                                    wake, queue+------- retry --------+--- replay ---+
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from proxy.decide.balance import Preference, choose_machine
 from proxy.decide.ewma import LOAD_HEADER
 from proxy.decide.headers import redirect_target, request_head, response_framing, trailer_block
 from proxy.decide.replay import MAX_JSON_BYTES, Directive, parse_headers, parse_json
+from proxy.decide.replay_key import SessionKey
 from proxy.decide.retry import Step, next_step
 from proxy.decide.wake import Held, choose_to_wake
+from proxy.edge.access import AccessGate
 from proxy.edge.access_log import Record
 from proxy.edge.body import KeptBody, Replayed
 from proxy.edge.handover import Handover
 from proxy.edge.relay import Tunnel
-from proxy.edge.steering import steer
+from proxy.edge.steering import steer, stick
 from proxy.edge.table import AppView, MachineView, PortView, ServiceView
 from proxy.edge.upstream import UpstreamConnection, pool_for
+from proxy.edge.wake_rules import may_wake
 from proxy.edge.waker import HealthWait
 from proxy.errors import Code, ProxyError, Source, http_status
 from proxy.ipc import PassiveFailure
@@ -52,6 +55,7 @@ class Stream(Protocol):
     is_tls: bool
     sni_app: AppName | None  # the app whose certificate was shown
 
+    def enter(self, gate: AccessGate) -> ProxyError | None: ...
     def identity(self, minor: int, keep: bool) -> bytes: ...
     def send_interim(self, head: ResponseHead) -> None: ...
     def send_head(self, head: ResponseHead, port: PortView, request_id: bytes, framing: bytes, close: bool) -> None: ...
@@ -76,12 +80,12 @@ class Exchange:
     """One request. Created by a stream when a head is whole; gone when the record is written."""
 
     __slots__ = (
-        "app", "attempts", "body_done", "bytes_in", "bytes_out", "cached", "chunked_out", "client_held", "close_after",
-        "code", "collected", "connecting", "counted_slot", "detail", "edge", "ended", "extra", "failed",
-        "first_byte_ns", "handing", "handover", "head", "head_only", "health_wait", "held", "held_bytes", "kept",
-        "machine", "port", "replayed", "request_id", "response", "sent_ns", "started_ns", "started_unix", "status",
-        "stream", "ticket", "trailers", "tried", "tunnel", "upstream", "upstream_full", "upstream_held",
-        "wake_machine", "wake_ns", "wakes", "want",
+        "app", "attempts", "body_done", "body_max", "bytes_in", "bytes_out", "cache_status", "chunked_out",
+        "client_held", "close_after", "code", "collected", "connecting", "cookie", "counted_slot", "detail", "edge",
+        "ended", "extra", "failed", "first_byte_ns", "handing", "handover", "head", "head_only", "health_wait", "held",
+        "held_bytes", "kept", "machine", "port", "replayed", "request_id", "response", "sent_ns", "session",
+        "started_ns", "started_unix", "status", "stream", "ticket", "trailers", "tried", "tunnel", "upstream",
+        "upstream_full", "upstream_held", "wake_machine", "wake_ns", "wakes", "want",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeContext, stream: Stream, head: RequestHead) -> None:
@@ -104,7 +108,10 @@ class Exchange:
         self.handover: Handover | None = None  # once a replay, or the replay cache, has sent it elsewhere
         self.handing: Directive | None = None  # the answer under way is a replay, and not the client's
         self.collected: list[bytes] | None = None  # of a replay in JSON
-        self.cached = b""  # what the replay cache made of it: hit, miss, bypass
+        self.session: SessionKey | None = None  # under which a replay of it may be remembered
+        self.cache_status = b"miss"  # what the next machine is told of the replay cache: also hit, bypass
+        self.cookie: MachineId | None = None  # the machine that the client's sticky cookie names
+        self.body_max = 0  # bytes of the request's body; 0 = any
         self.kept: KeptBody | None = None  # the request's body, for a replay
         self.replayed: Replayed | None = None  # it is being sent again
         self.attempts = 0
@@ -152,6 +159,13 @@ class Exchange:
             return
         self.app = app
         self.port = port
+        gate = app.gate
+        if gate is not None:
+            error = stream.enter(gate) or gate.admit(stream.client_ip, head.length, self.edge.wheel.now)
+            if error is not None:
+                self.refuse(error)
+                return
+            self.body_max = gate.rules.max_body_bytes or 0
         if port.force_https and not stream.is_tls:
             self._redirect()
             return
@@ -184,7 +198,7 @@ class Exchange:
         app = self.edge.table.apps.get(old.name)
         port = app.ports.get(self.stream.public_port) if app is not None else None
         if app is None or port is None or not port.http or port.tls is not self.stream.is_tls:
-            self._fail(ProxyError(Code.MACHINE_GONE, detail="the app was removed meanwhile"))
+            self.fail(ProxyError(Code.MACHINE_GONE, detail="the app was removed meanwhile"))
             return
         self.app, self.port = app, port
         self.choose()
@@ -257,9 +271,10 @@ class Exchange:
                 self._wake(view.record.id)
                 return True
         if want.force is not None:
-            self._fail(ProxyError(Code.FORCED_UNREACHED, Source.MACHINE, detail=f"machine {name} takes no requests"))
+            self.fail(ProxyError(Code.FORCED_UNREACHED, Source.MACHINE, detail=f"machine {name} takes no requests"))
             return True
-        self.extra += b"fly-preferred-instance-unavailable: %b\r\n" % str(name).encode("ascii")
+        if self.cookie != name:
+            self.extra += b"fly-preferred-instance-unavailable: %b\r\n" % str(name).encode("ascii")
         self.want = Preference(None, None, want.exclude)
         return False
 
@@ -277,20 +292,20 @@ class Exchange:
             self._wait_for_health(service)
             return
         if not service.record.autostart:
-            self._fail(ProxyError(Code.NO_CANDIDATE, detail="no machine runs and autostart is off"))
+            self.fail(ProxyError(Code.NO_CANDIDATE, detail="no machine runs and autostart is off"))
             return
         now = unix()
         choice = choose_to_wake((one.record for one in self.app.machines.values()), service.record.processes, now)
         if isinstance(choice, Held):
-            self._fail(
+            self.fail(
                 ProxyError(
                     Code.WAKE_HELD, Source.MACHINE, detail=choice.reason,
                     retry_after_s=max(1, round(choice.until - now)),
                 )
             )  # fmt: skip
         elif choice is None:
-            self._fail(ProxyError(Code.NO_CANDIDATE, detail="the app has no machine for this port"))
-        else:
+            self.fail(ProxyError(Code.NO_CANDIDATE, detail="the app has no machine for this port"))
+        elif may_wake(self, choice):
             self._wake(choice)
 
     def _wait_for_health(self, service: ServiceView) -> None:
@@ -302,14 +317,14 @@ class Exchange:
         try:
             self.health_wait = edge.waker.wait_for_health(service, self.app, limits.queue_timeout_s, self._on_healthy)
         except ProxyError as error:
-            self._fail(error)
+            self.fail(error)
 
     def _on_healthy(self, error: ProxyError | None) -> None:
         self.health_wait = None
         if self.ended:
             return
         if error is not None:
-            self._fail(error)
+            self.fail(error)
         else:
             self._go_on(self._choose_again)
 
@@ -317,7 +332,7 @@ class Exchange:
         assert self.app is not None
         self.wakes += 1
         if self.wakes > 3:
-            self._fail(ProxyError(Code.NO_CANDIDATE_AFTER_RETRIES, detail="woken three times, reached never"))
+            self.fail(ProxyError(Code.NO_CANDIDATE_AFTER_RETRIES, detail="woken three times, reached never"))
             return
         self.tried = None
         self.wake_machine = machine
@@ -326,7 +341,7 @@ class Exchange:
             self.ticket = self.edge.waker.wait(self.app, machine, self._on_woken)
         except ProxyError as error:
             self._wake_over()
-            self._fail(error)
+            self.fail(error)
 
     def _wake_over(self) -> None:
         self.wake_ns += monotonic_ns()
@@ -337,7 +352,7 @@ class Exchange:
         if self.ended:
             return
         if error is not None:
-            self._fail(error)
+            self.fail(error)
         else:
             self._go_on(self._choose_again)
 
@@ -416,7 +431,10 @@ class Exchange:
         if head.expects_continue and limit is not None:
             connection.arm(limit)  # the client waits for the machine's word, and sends no last byte before it
         held, self.held, self.held_bytes = self.held, None, 0
-        if handover is not None and self.kept is not None:
+        if handover is not None and handover.sends_again and self.bytes_in:
+            if self.kept is None or not self.kept.is_replayable:
+                self.refuse(ProxyError(Code.REPLAY_BODY_GONE, detail="the body outgrew what is kept while it waited"))
+                return
             self.replayed = self.kept.replay(_Again(self, connection))
         else:
             for piece in held or ():
@@ -445,6 +463,9 @@ class Exchange:
 
     def on_body(self, data: bytes) -> None:
         self.bytes_in += len(data)
+        if self.body_max and self.bytes_in > self.body_max and self.app is not None and self.app.gate is not None:
+            self.on_request_broken(self.app.gate.body_error(self.bytes_in))
+            return
         if self.head.expects_continue:
             self._on_continue()
         if not self.ended and (self.response is None or self.replayed is not None):
@@ -553,6 +574,8 @@ class Exchange:
         for name, value in head.noted:
             if name == LOAD_HEADER:
                 edge.scores.report(machine.slot, now, value)
+        if app.record.sticky is not None and self.cookie != machine.record.id:
+            stick(self, head, app.record.sticky, machine)
 
     def _on_noted(self, head: ResponseHead) -> bool:
         """What the machine says to us. True if that is a replay: then the answer is not the client's."""
@@ -765,7 +788,7 @@ class Exchange:
             self.tried = tried
             self._another(machine)
         else:
-            self._fail(error)
+            self.fail(error)
 
     def _fresh(self, machine: MachineView) -> asyncio.Task[None]:
         assert self.port is not None and self.app is not None
@@ -784,7 +807,7 @@ class Exchange:
             self.tried = None
             self._choose()
 
-    def _fail(self, error: ProxyError) -> None:
+    def fail(self, error: ProxyError) -> None:
         """No machine was reached. Where a replay pointed there, that is for its sender to hear of."""
         if self.handover is not None and self.handover.is_open:
             self.leave_target()
@@ -796,6 +819,14 @@ class Exchange:
         """Stop trying to reach where a replay pointed."""
         self._drop_waits()
         self._release_load()
+
+    def answer(self, code: Code, status: int, fields: tuple[tuple[bytes, bytes], ...], body: bytes) -> None:
+        """An answer of ours that is no error page."""
+        self.code, self.status = code, status
+        self._drop_upstream()
+        fields += ((b"wakefront-error", code.value.encode()),)
+        self.stream.send_answer(status, fields, b"" if self.head_only else body, self.request_id)
+        self._end(close=not self.body_done)
 
     def refuse(self, error: ProxyError) -> None:
         """Answer with an error of ours. Only before any byte of an answer has been sent."""
@@ -959,6 +990,22 @@ _PHRASES = {
     Code.NO_CANDIDATE: "No machine can take this request.",
     Code.CONTROL_UNAVAILABLE: "The app is asleep and can't be started right now.",
     Code.TOO_MANY_WAITERS: "Too many requests wait for this app to start.",
+    Code.WAKE_IGNORED: "The app is asleep, and this request does not wake it.",
+    Code.WAKE_BUDGET: "The app is asleep, and enough starts were asked for; try again shortly.",
+    Code.NO_HEALTHY: "No machine of the app is well enough to take this request.",
+    Code.ACCESS_DENIED: "You have no access to this app from here.",
+    Code.SOURCE_CONNECTIONS: "Too many connections from your address.",
+    Code.SOURCE_REQUESTS: "Too many requests from your address; try again shortly.",
+    Code.BODY_TOO_LARGE: "The request is larger than this app takes.",
+    Code.QUEUE_FULL: "The app is busy, and enough requests wait for it.",
+    Code.QUEUE_TIMEOUT: "The app was busy for too long.",
+    Code.REPLAY_UNREACHED: "The app handed this request on, but what it named could not be reached.",
+    Code.REPLAY_LOOP: "The request was handed on too often.",
+    Code.REPLAY_INVALID: "The app handed this request on in a way that makes no sense.",
+    Code.REPLAY_BODY_GONE: "The app handed this request on, but it is too large to be sent again.",
+    Code.REPLAY_APP_UNKNOWN: "The app handed this request on to one that is not here.",
+    Code.REPLAY_APP_FORBIDDEN: "The app handed this request on to one that does not take it.",
+    Code.FORCED_UNREACHED: "The machine asked for can't take this request.",
     Code.CONNECT_REFUSED: "The app does not accept connections.",
     Code.CONNECT_TIMEOUT: "The app did not accept the connection in time.",
     Code.REQUEST_UNFINISHED: "The app closed the connection without an answer.",

@@ -14,6 +14,7 @@ from proxy.clock import monotonic_ns, unix
 from proxy.decide.balance import Preference
 from proxy.decide.region import expand_regions
 from proxy.decide.replay import Directive, FailReason, Fallback, apply_transform, judge, replay_failed, replay_src
+from proxy.decide.replay_cache import Found
 from proxy.edge.table import AppView, MachineView, PortView
 from proxy.edge.timers import Call
 from proxy.errors import Code, ProxyError, Source
@@ -38,19 +39,22 @@ class Handover:
     """Where a replayed request came from and how far it has got."""
 
     __slots__ = (
-        "_app", "_came_back", "_directive", "_exchange", "_machine", "_original", "_port", "_reached", "_replays",
-        "_started_ns", "_timer",
+        "_app", "_came_back", "_directive", "_exchange", "_found", "_machine", "_original", "_port", "_reached",
+        "_replays", "_routed", "_started_ns", "_timer", "_want",
     )  # fmt: skip
 
     _app: AppView  # of the machine that handed the request on
     _port: PortView
-    _machine: MachineView
+    _machine: MachineView | None  # None: the cache remembered for it
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         head = exchange.head
         self._original = (head.target, head.passed, head.listed_hops)
+        self._routed = exchange.app  # whose host the client named
         self._directive: Directive | None = None
+        self._found: Found | None = None  # the entry of the cache that is being followed
+        self._want: Preference | None = None
         self._reached = False
         self._started_ns = 0
         self._timer: Call | None = None
@@ -78,14 +82,49 @@ class Handover:
             exchange.refuse(error or ProxyError(Code.REPLAY_APP_UNKNOWN))
             return
         app.has_replayed = True
+        try:
+            self._remember(directive, app)
+        except ProxyError as fault:
+            exchange.refuse(fault)
+            return
+        source = replay_src(machine.record.id, exchange.edge.region, int(unix() * 1e6), directive.state)
+        exchange.extra = b"fly-replay-src: %b\r\nfly-replay-cache-status: %b\r\n" % (source, exchange.cache_status)
         self._address(directive, target)
+
+    def _remember(self, directive: Directive, app: AppView) -> None:
+        """Tell the cache. Raises ProxyError(REPLAY_INVALID) for an order that it can't follow."""
+        exchange, routed = self._exchange, self._routed
+        if (directive.cache is None and exchange.session is None) or routed is None:
+            return
+        is_apps_own = self._replays == 1 and self._found is None and app.name == routed.name
+        target = self._original[0]
+        edge, host = exchange.edge, exchange.head.host
+        edge.replays.note(routed.name, host, target, exchange.session, directive, is_apps_own, edge.wheel.now)
+
+    def follow_remembered(self, found: Found) -> bool:
+        """Go where the cache says. False, and nothing done, if that may not be any more."""
+        exchange, directive = self._exchange, found.directive
+        app, port = exchange.app, exchange.port
+        assert app is not None and port is not None
+        self._app, self._port, self._machine = app, port, None
+        table = exchange.edge.table
+        target = app if directive.app is None else table.apps.get(directive.app)
+        if target is None or judge(directive, 0, False, app.record, target.record) is not None:
+            exchange.edge.replays.drop(found.key)
+            return False
+        self._found = found
+        self._directive = directive
+        self._reached = False
+        self._started_ns = monotonic_ns()
+        self._want = exchange.want
+        exchange.extra = b"fly-replay-cache-status: hit\r\n"
+        self._address(directive, target)
+        return True
 
     def _address(self, directive: Directive, target: AppView) -> None:
         """Turn the exchange towards the target, and let it choose there."""
         exchange = self._exchange
         head, edge = exchange.head, exchange.edge
-        source = replay_src(self._machine.record.id, edge.region, int(unix() * 1e6), directive.state)
-        exchange.extra = b"fly-replay-src: %b\r\n" % source
         head.target, head.passed, head.listed_hops = self._original
         transform = directive.transform
         if transform is not None:
@@ -101,9 +140,14 @@ class Handover:
         if directive.regions and not expand_regions(directive.regions, RegionCode(edge.region), ()):
             self.failed(ProxyError(Code.REPLAY_UNREACHED, detail="none of the regions is this node's"))
             return
-        exclude = frozenset({self._machine.record.id} if directive.elsewhere else ())
+        exclude = frozenset({self._machine.record.id} if self._machine is not None and directive.elsewhere else ())
         exchange.want = Preference(directive.instance, directive.prefer_instance, exclude)
         exchange.aim(target, port)
+
+    @property
+    def sends_again(self) -> bool:
+        """Whether a machine has had the request before: then its body is what was kept of it."""
+        return self._replays > 0
 
     @property
     def is_open(self) -> bool:
@@ -138,6 +182,9 @@ class Handover:
         self.stop()
         exchange, directive = self._exchange, self._directive
         assert directive is not None
+        if self._machine is None:
+            self._leave_cache()
+            return
         if directive.fallback is None or error.code not in _UNREACHED:
             self._reached = True  # nothing more is tried on behalf of the replay
             detail = f"replay by {self._machine.record.id} of {self._app.name}: {reason.value}: {error}"
@@ -154,4 +201,14 @@ class Handover:
         head.target, head.passed, head.listed_hops = self._original
         force = source if directive.fallback is Fallback.FORCE_SELF else None
         exchange.want = Preference(force, None if force else source)
+        exchange.aim(self._app, self._port)
+
+    def _leave_cache(self) -> None:
+        """What the cache remembered can't be reached: forget it, and go the usual way."""
+        exchange, found = self._exchange, self._found
+        assert found is not None
+        exchange.edge.replays.drop(found.key)
+        self._found = self._directive = None
+        exchange.extra = b""
+        exchange.want = self._want
         exchange.aim(self._app, self._port)

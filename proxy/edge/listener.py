@@ -147,10 +147,14 @@ class Listener:
         port = app.ports.get(self.public_port) if app is not None else None
         if app is None or port is None or not port.tls:
             raise ProxyError(Code.TLS_NO_CERTIFICATE, detail=f"no app serves {hello.server_name} with TLS here")
+        ip = plain_ip(peer)
+        if app.gate is not None and not app.gate.handshake(ip, self._edge.wheel.now):
+            raise ProxyError(Code.TLS_RATE_SOURCE, detail=f"{ip} begins handshakes more often than {app.name} allows")
         service = port.service
         if service.running or not service.record.autostart or app.record.wake_on is not WakeOn.HELLO:
             return
-        self._hint(app, service.record.processes, str(peer[0]) if isinstance(peer, tuple) else "")
+        if not app.wake_filter.ignores_source(ip) and not (app.gate is not None and app.gate.denies(ip)):
+            self._hint(app, service.record.processes, ip)
 
     def _hint(self, app: AppView, groups: tuple[str, ...], source: str) -> None:
         choice = choose_to_wake((one.record for one in app.machines.values()), groups, unix())

@@ -1,32 +1,93 @@
-"""What a client may ask of routing, taken from its own fields before a machine is chosen (spec routing §3).
+"""What leads a request to a machine before loads do: its own fields, its sticky cookie, a replay that is remembered.
 
-The fields pass to the app as well. What is asked for is a `Preference`; whether it can be had is the Exchange's to see.
+The client's fields pass to the app as well (spec routing §3); our cookie does not. What is asked for is a `Preference`;
+whether it can be had is the Exchange's to see. The replay cache is an optimisation: whatever is wrong with what it
+says, the request goes the usual way (spec routing §4.3).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from proxy.clock import unix
 from proxy.decide.balance import Preference
 from proxy.decide.region import expand_regions
-from proxy.decide.steering import parse_steering
+from proxy.decide.steering import NOT_STEERED, parse_steering
+from proxy.decide.sticky import find_cookie, open_sealed, seal, set_cookie, strip_cookie
+from proxy.edge.handover import Handover
+from proxy.edge.table import MachineView
 from proxy.errors import Code, ProxyError, Source
-from proxy.model import RegionCode
+from proxy.model import RegionCode, StickyCookie
+from proxy.wire.http1 import RequestHead, ResponseHead
 
 if TYPE_CHECKING:
     from proxy.edge.exchange import Exchange
 
 
 def steer(exchange: Exchange) -> bool:
-    """Note what the client asks for. False if that can't be: then the request has been answered."""
-    if not exchange.head.noted:
-        return True
-    asked = parse_steering(exchange.head.noted)
+    """Note what the request asks for. False if it has gone its way by that, or been answered."""
+    head, app, port = exchange.head, exchange.app, exchange.port
+    assert app is not None and port is not None
+    asked = parse_steering(head.noted) if head.noted else NOT_STEERED
     here = RegionCode(exchange.edge.region)
     if asked.is_impossible or (asked.force_regions and not expand_regions(asked.force_regions, here, ())):
         detail = "the client forces what is not here"
         exchange.refuse(ProxyError(Code.FORCED_UNREACHED, Source.DOWNSTREAM, detail=detail))
         return False
+    if port.sessions is not None:
+        exchange.session = port.sessions.key(head.host, head.target, head.passed, head.listed_hops)
+    if app.record.sticky is not None:
+        _read_cookie(exchange, app.record.sticky)
     if asked.force_instance is not None or asked.prefer_instance is not None:
         exchange.want = Preference(asked.force_instance, asked.prefer_instance)
-    return True
+        return True
+    return not _follow_remembered(exchange, asked.skips_cache)
+
+
+def _read_cookie(exchange: Exchange, sticky: StickyCookie) -> None:
+    """Take our cookie out of the request, and prefer the machine that it names."""
+    head, app, name = exchange.head, exchange.app, sticky.name.encode()
+    assert app is not None
+    values = [value for field, value in head.fields if field.lower() == b"cookie"]
+    sealed = find_cookie(values, name) if values else None
+    if sealed is None:
+        return
+    _strip(head, name)
+    machine = open_sealed(exchange.edge.sticky_keys, app.record.name, sealed, unix())
+    if machine is not None and machine in app.machines:
+        exchange.cookie = machine
+        exchange.want = Preference(prefer=machine)
+
+
+def _strip(head: RequestHead, name: bytes) -> None:
+    passed: list[bytes] = []
+    for at in range(0, len(head.passed), 4):
+        field = head.passed[at : at + 4]
+        if field[0].lower() == b"cookie":
+            field[2] = strip_cookie(field[2], name)
+            if not field[2]:
+                continue
+        passed += field
+    head.passed = passed
+
+
+def stick(exchange: Exchange, head: ResponseHead, sticky: StickyCookie, machine: MachineView) -> None:
+    """Have the client come back to the machine that answered."""
+    expires = int(unix() + sticky.ttl_s)
+    sealed = seal(exchange.edge.sticky_keys[0], machine.app, machine.record.id, expires)
+    cookie = set_cookie(sticky.name.encode(), sealed, sticky.ttl_s, exchange.stream.is_tls)
+    head.passed += (b"set-cookie", b": ", cookie, b"\r\n")
+
+
+def _follow_remembered(exchange: Exchange, skips: bool) -> bool:
+    """Whether the replay cache knew where it goes, and it went there."""
+    head, app, edge = exchange.head, exchange.app, exchange.edge
+    assert app is not None
+    found = edge.replays.find(app.name, head.host, head.target, exchange.session, skips, edge.wheel.now)
+    if found is None:
+        return False
+    if found.is_bypassed:
+        exchange.cache_status = b"bypass"
+        return False
+    exchange.handover = Handover(exchange)
+    return exchange.handover.follow_remembered(found)

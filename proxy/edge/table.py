@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from proxy.decide.access import StartBudget, WakeFilter
 from proxy.decide.balance import spared
 from proxy.decide.ewma import PassiveHealth
 from proxy.decide.headers import ResponseRules
-from proxy.model import App, AppName, Balance, Machine, MachineId, MachineState, Port, Service
+from proxy.decide.replay_key import SessionRules
+from proxy.edge.access import AccessGate, access_gate
+from proxy.model import App, AppName, Balance, Machine, MachineId, MachineState, Port, Service, WakeRules
 
 if TYPE_CHECKING:
     from proxy.edge.relay import Tunnel
@@ -72,14 +75,15 @@ class ServiceView:
 class PortView:
     """One public port of an app: where its requests go and what is done to them."""
 
-    __slots__ = ("force_https", "http", "idle_s", "record", "rules", "service", "steers", "tls", "watches")
+    __slots__ = ("force_https", "http", "idle_s", "record", "rules", "service", "sessions", "steers", "tls", "watches")
 
-    def __init__(self, record: Port, service: ServiceView, idle_s: float, watches: bool) -> None:
-        """`watches`: the app's way to choose needs response times."""
+    def __init__(self, record: Port, service: ServiceView, app: App) -> None:
+        """`watches`: answers tell something. `steers`: a cookie or a cache may decide where a request goes."""
         self.record = record
-        self.watches = watches
-        self.steers = bool(record.replay_cache)
-        self.idle_s = record.idle_timeout_s or idle_s
+        self.watches = app.balance is Balance.PEAK_EWMA or app.sticky is not None
+        self.sessions = SessionRules(record.replay_cache) if record.replay_cache else None
+        self.steers = self.sessions is not None or app.sticky is not None
+        self.idle_s = record.idle_timeout_s or app.limits.idle_timeout_s
         self.service = service
         self.http = "http" in record.handlers
         self.tls = "tls" in record.handlers
@@ -90,26 +94,35 @@ class PortView:
 class AppView:
     """An app, ready for requests."""
 
-    __slots__ = ("cells", "has_failures", "has_replayed", "machines", "name", "ports", "record", "services")
+    __slots__ = (
+        "cells", "gate", "has_failures", "has_replayed", "machines", "name", "ports", "record", "services",
+        "start_budget", "wake_filter",
+    )  # fmt: skip
 
     def __init__(
-        self, record: App, public_ports: Iterable[int], machines: dict[MachineId, MachineView], cells: int
-    ) -> None:
+        self, record: App, public_ports: Iterable[int], machines: dict[MachineId, MachineView], cells: int,
+        workers: int = 1, old: AppView | None = None,
+    ) -> None:  # fmt: skip
+        """`old`: the app as it was before this record; what was counted of its sources goes on."""
         self.record = record
+        self.gate: AccessGate | None = access_gate(record.access, workers, old.gate if old is not None else None)
+        rules = record.wake_rules
+        self.wake_filter = WakeFilter(rules)
+        same = old is not None and old.record.wake_rules == rules
+        self.start_budget: StartBudget | None = old.start_budget if old and same else start_budget(rules, workers)
         self.name = record.name
         self.cells = cells  # first of the app's counters in this worker's part of shared memory
         self.machines = machines
         self.services = [ServiceView(service, machines.values()) for service in record.services]
         self.has_failures = any(machine.passive is not None for machine in machines.values())
-        self.has_replayed = False  # its machines answer with fly-replay: bodies are worth keeping
+        # its machines answer with fly-replay: bodies are worth keeping
+        self.has_replayed: bool = old is not None and old.has_replayed
         self.ports: dict[int, PortView] = {}
         for service in self.services:
             for port in service.record.ports:
                 for public in public_ports:
                     if port.start <= public <= port.end and public not in self.ports:
-                        self.ports[public] = PortView(
-                            port, service, record.limits.idle_timeout_s, record.balance is Balance.PEAK_EWMA
-                        )
+                        self.ports[public] = PortView(port, service, record)
 
     def refresh(self) -> None:
         for service in self.services:
@@ -132,11 +145,22 @@ class AppView:
         return any(not service.running for service in self.services)
 
 
+def start_budget(rules: WakeRules, workers: int) -> StartBudget | None:
+    """The starts that requests may cause, this worker's share of them; None if there is no limit."""
+    if rules.starts_per_source_s is None and rules.starts_per_s is None:
+        return None
+    per_source_s, all_s = rules.starts_per_source_s, rules.starts_per_s
+    return StartBudget(
+        per_source_s / workers if per_source_s is not None else None, all_s / workers if all_s is not None else None
+    )
+
+
 class Table:
     """All apps by name and by host. `on_machine` is told of every machine record that took effect."""
 
-    def __init__(self, public_ports: Iterable[int], app_cells: Callable[[int], int]) -> None:
+    def __init__(self, public_ports: Iterable[int], app_cells: Callable[[int], int], workers: int = 1) -> None:
         """`app_cells(slot)`: the first of an app's counters in this worker's part of shared memory."""
+        self._workers = workers
         self._public_ports = tuple(public_ports)
         self._app_cells = app_cells
         self.apps: dict[AppName, AppView] = {}
@@ -175,13 +199,12 @@ class Table:
                     changed.append(machine)
                 self._update(view, machine)
             machines[machine.id] = view
-        app = AppView(record, self._public_ports, machines, self._app_cells(record.slot))
+        app = AppView(record, self._public_ports, machines, self._app_cells(record.slot), self._workers, old)
         self.apps[record.name] = app
         self._port_kinds.clear()
         for host in record.hostnames:
             self.hosts[host] = app
         if old is not None:
-            app.has_replayed = old.has_replayed
             self._drop_left_over(old, app)
         if self._loading is not None:
             self._loading.add(record.name)

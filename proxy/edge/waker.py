@@ -106,6 +106,20 @@ class Waker:
         self._hinted[machine] = now
         return self._link.send(Wake(app.record.name, machine, hint=True))
 
+    def awaits(self, machine: MachineId) -> bool:
+        """Whether requests wait for this machine already."""
+        return machine in self._waits
+
+    def start(self, app: AppView, machine: MachineId) -> None:
+        """Have a machine started for somebody who does not wait for it here."""
+        now = self._wheel.now
+        if machine in self._waits or self._hinted.get(machine, -1.0) > now - 1.0:
+            return
+        if len(self._hinted) > SOURCES_MAX:
+            self._hinted.clear()
+        self._hinted[machine] = now
+        self._link.send(Wake(app.record.name, machine, hint=True))
+
     def start_another(self, app: AppView, service: ServiceView) -> None:
         """All that run are at their soft limit: have one more started beside them, once a second, for nobody to wait.
 
