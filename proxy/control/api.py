@@ -320,8 +320,8 @@ class Api:
         return _json({"previous_state": previous, "migrated": False, "new_host": ""})
 
     async def _stop(self, request: web.Request) -> web.Response:
-        machine = self._changeable(request)
         body = await _body(request)
+        machine = self._changeable(request)
         signal = _signal_number(body["signal"]) if body.get("signal") else None
         self._fleet.stop(machine, "user", signal, _duration_s(body.get("timeout")))
         return _json({"ok": True})
@@ -342,8 +342,8 @@ class Api:
         return _json({"ok": True})
 
     async def _signal(self, request: web.Request) -> web.Response:
-        machine = self._changeable(request)
-        self._fleet.send_signal(machine, _signal_number((await _body(request, required=True)).get("signal")))
+        number = _signal_number((await _body(request, required=True)).get("signal"))
+        self._fleet.send_signal(self._changeable(request), number)
         return _json({"ok": True})
 
     async def _cordon(self, request: web.Request) -> web.Response:

@@ -42,7 +42,7 @@ _LONGEST_LOOK_S = 5.0
 _SHORTEST_LOOK_S = 0.1
 _EXCESS_DRAIN_S = 10.0  # what an excess machine gets to finish what it has
 _BUSY_FOR_S = 15.0  # a machine that said it is busy is not asked again for so long
-_ASKED_AT_ONCE = 16
+_ASKED_AT_ONCE = 64
 _WARMED_AT_ONCE = 4
 _AT_ONCE = 64  # machines looked at between two turns of the loop
 
@@ -157,8 +157,11 @@ class IdleWatch:
         if load > 0 or admitted != machine.admitted:
             machine.admitted = admitted
             machine.idle_since = now
-        said = is_busy_until(machine.row.metadata.get(BUSY_KEY), self._clock.unix())
-        return Use(machine.id, max(0, load), machine.idle_since, said or machine.id in self._busy)
+        is_busy = self._is_marked_busy(machine) or machine.id in self._busy
+        return Use(machine.id, max(0, load), machine.idle_since, is_busy)
+
+    def _is_marked_busy(self, machine: Owned) -> bool:
+        return is_busy_until(machine.row.metadata.get(BUSY_KEY), self._clock.unix())
 
     # --- ends
 
@@ -180,7 +183,7 @@ class IdleWatch:
                     self._last_pass[pool.key] = -math.inf
                 return
         log.info("machine %s of %s: %s", machine.id, machine.app.name, why)
-        await self._fleet.end_if_unused(machine, policy.mode, drain_s)
+        await self._fleet.end_if_unused(machine, policy.mode, drain_s, lambda: not self._is_marked_busy(machine))
 
     # --- warm hours
 

@@ -751,11 +751,14 @@ class Fleet:
             machine.ending = None
             self._tell_watchers(machine)
 
-    async def end_if_unused(self, machine: Owned, mode: Autostop, drain_s: float = 0.0) -> bool:
+    async def end_if_unused(
+        self, machine: Owned, mode: Autostop, drain_s: float = 0.0, may_end: Callable[[], bool] = lambda: True
+    ) -> bool:
         """Stop or suspend a machine that nothing uses: the handshake. True if it began to end.
 
         Soft-cordon → every live worker acknowledges → the counters are read again → only then the end; else the cordon
-        is lifted. With `drain_s` it is given that long to finish what it has. A wake that comes meanwhile wins.
+        is lifted. With `drain_s` it is given that long to finish what it has. A wake that comes meanwhile wins, and so
+        does `may_end` when it says no in the end.
         """
         if machine.handshake is not None or not self._is_steady(machine):
             return False
@@ -770,7 +773,7 @@ class Fleet:
                 await self._clock.sleep(_DRAIN_POLL_S)
             if won.done() or not self._is_steady(machine) or self._memory.in_flight(machine.row.slot):
                 return False
-            if machine.row.cordoned:  # it came meanwhile: the machine is the operator's
+            if machine.row.cordoned or not may_end():  # a cordon came meanwhile: the machine is the operator's
                 return False
             if mode is Autostop.SUSPEND and machine.driver.can_suspend:
                 self.suspend(machine, "proxy", or_stop=True)

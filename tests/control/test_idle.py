@@ -3,17 +3,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import random
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from proxy.control.busy import says_it_is_busy
 from proxy.control.idle import IdleWatch
 from proxy.control.machines import Owned
+from proxy.control.plan import keep_plan, kept_plan
 from proxy.control.prober import plain_socket
 from proxy.decide.autostop import parse_warm_hours
 from proxy.model import Autostop, MachineState
-from tests.control.rig import Rig, a_service, an_app
+from tests.control.rig import Rig, a_plan, a_service, an_app
 from tests.support.clock import settle
 
 
@@ -170,6 +173,20 @@ async def test_an_excess_machine_in_use_has_its_tunnels_ended_after_the_cordon_a
     assert leaving.state is MachineState.STOPPED
 
 
+async def test_a_cordon_that_comes_in_the_middle_of_an_idle_stop_keeps_the_machine(rig: Rig) -> None:
+    await rig.load(an_app(idle_timeout_s=1.0))
+    machine, idle = await rig.started(), watch(rig)
+    rig.cordons.gate = asyncio.Event()
+    await rig.clock.advance(1.0)
+    await idle.look()
+    await settle()
+    assert machine.handshake is not None
+    assert await rig.fleet.cordon(machine)
+    rig.cordons.gate.set()
+    await idle.settle()
+    assert machine.state is MachineState.STARTED and machine.record().cordoned
+
+
 # --- busy
 
 
@@ -287,6 +304,72 @@ async def test_metadata_keeps_a_machine_up_until_the_time_it_names(rig: Rig) -> 
     assert machine.state is MachineState.STOPPED
 
 
+# --- all of it at once
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_whatever_happens_autostop_spares_what_is_in_use_busy_or_cordoned_and_the_minimum(
+    rig: Rig, seed: int
+) -> None:
+    rng = random.Random(seed)
+    least, at_once = rng.randrange(3), rng.randrange(1, 4)
+    services = (a_service(least=least, autostop=rng.choice([Autostop.STOP, Autostop.SUSPEND])),)
+    await rig.load(an_app(count=4, services=services, idle_timeout_s=rng.choice([0.0, 8.0]), autostop_at_once=at_once))
+    machines, idle, loads = [rig.machine("web", place) for place in range(4)], watch(rig, 20.0), [0, 0, 0, 0]
+    for one in machines:
+        rig.listen(one)
+    while any(one.flight is not None for one in machines):  # the minimum
+        await rig.clock.advance(0.1)
+    for _ in range(150):
+        place = rng.randrange(4)
+        one = machines[place]
+        match rng.randrange(9):
+            case 0 if one.row.cordoned:
+                rig.fleet.uncordon(one)
+            case 0:
+                await rig.fleet.cordon(one)
+            case 1 | 2 if one.state is MachineState.STARTED:
+                rig.begin_request(one)
+                loads[place] += 1
+            case 3 | 4 if loads[place]:
+                rig.end_request(one)
+                loads[place] -= 1
+            case 5:
+                one.row.metadata["wakefront_busy"] = str(rig.clock.unix() + 15)
+            case 6 if loads[place] == 0:
+                if (end := rig.fleet.stop(one, "user")) is not None:
+                    await end
+            case _:
+                assert (await asyncio.shield(rig.fleet.wake(one.id, "user"))).code is None
+        before = [one.state for one in machines]
+        spared = [one.row.cordoned or is_busy(rig, one) for one in machines]
+        counted = sum(
+            s is MachineState.STARTED and not one.row.cordoned for s, one in zip(before, machines, strict=True)
+        )
+        await look(rig, idle, rng.uniform(0.1, 6.0))
+        await rig.clock.advance(0.0)
+        for place, one in enumerate(machines):
+            if one.state is not before[place]:
+                assert before[place] is MachineState.STARTED and not spared[place] and not loads[place], seed
+        left = sum(one.state is MachineState.STARTED and not one.row.cordoned for one in machines)
+        assert left >= min(least, counted), seed
+    for place, one in enumerate(machines):
+        for _ in range(loads[place]):
+            rig.end_request(one)
+    await rig.clock.advance(20.0)
+    await idle.settle()
+    assert all(one.handshake is None for one in machines)
+    versions: dict[str, int] = {}
+    for record in rig.published:
+        assert record.version >= versions.get(record.id, 0)
+        versions[record.id] = record.version
+
+
+def is_busy(rig: Rig, machine: Owned) -> bool:
+    """Until the look that follows is over."""
+    return float(machine.row.metadata.get("wakefront_busy", "0")) > rig.clock.unix() + 6.5
+
+
 # --- warm hours: the rig's clock begins on Friday 2027-01-15 at 08:00 UTC, 09:00 in Amsterdam
 
 
@@ -363,6 +446,14 @@ async def test_warm_hours_keep_to_the_clock_on_the_wall_when_that_is_changed(rig
         assert idle.is_warm(plan), month
         await rig.clock.advance(3600.0)
         assert not idle.is_warm(plan), month
+
+
+def test_a_kept_plan_has_its_warm_hours(tmp_path: Path) -> None:
+    plan = a_plan(
+        an_app(busy="/b", autostop_interval_s=9.0, **warm("mon-fri 08:00-18:00 Europe/Amsterdam", "sun 1:00-2:00"))
+    )
+    keep_plan(str(tmp_path / "plan"), plan)
+    assert kept_plan(str(tmp_path / "plan")) == plan
 
 
 async def test_a_time_zone_that_this_host_does_not_have_counts_as_utc(
