@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 256
 APP_AT_ONCE = 32
+_BURST = 16  # begun in one turn of the loop, which a wake may be waiting for
 _SPREAD_S = 0.004  # per check: over how long those of machines that ran before us are spread
 _STALE_MAX = 1000
 _NOT_YET = "not checked yet"
@@ -116,7 +117,6 @@ class Checks:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._alarm is not None:
             self._alarm.close()
-        await self._client.close()
 
     # --- machines (machines.HealthWatch)
 
@@ -233,7 +233,9 @@ class Checks:
 
     def _ring(self) -> None:
         now = self._clock.monotonic()
-        while self._due and self._running < AT_ONCE and self._due[0][0] <= now:
+        for _ in range(_BURST):
+            if not self._due or self._running >= AT_ONCE or self._due[0][0] > now:
+                break
             _, ticket, watch = heapq.heappop(self._due)
             if watch.ticket != ticket:
                 self._stale -= 1

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from proxy.control.check_client import SHOWN_CHARACTERS, CheckClient, Target
+from proxy.control.check_client import SHOWN_CHARACTERS, CheckClient, Target, request_bytes
 from proxy.control.prober import plain_socket
 from proxy.model import Check
 from tests.support.tls import NAME, make_authority
@@ -89,11 +89,9 @@ async def serving(answer: Answer, context: ssl.SSLContext | None = None) -> Asyn
         await listener.wait_closed()
 
 
-@pytest_asyncio.fixture
-async def client() -> AsyncIterator[CheckClient]:
-    one = CheckClient(plain_socket)
-    yield one
-    await one.close()
+@pytest.fixture
+def client() -> CheckClient:
+    return CheckClient(plain_socket)
 
 
 def status(line: str, body: bytes = b"", *fields: str) -> bytes:
@@ -176,9 +174,9 @@ async def test_a_machine_that_does_not_listen_fails(client: CheckClient) -> None
         says_nothing,
         repeats(b"HTTP/1.1 200 ", b"O", 0.02),  # a status line, byte by byte
         repeats(b"HTTP/1.1 200 OK\r\n", b"a", 0.02),
-        repeats(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001),
+        repeats(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.1),
     ],
-    ids=["mute", "drip", "drip-in-head", "continue-for-ever"],
+    ids=["mute", "drip", "drip-in-head", "continue-slowly"],
 )
 async def test_a_machine_that_does_not_come_to_an_answer_fails_at_the_timeout(
     client: CheckClient, answer: Answer
@@ -210,6 +208,55 @@ async def test_an_endless_head_is_given_up_before_it_takes_memory(client: CheckC
         await asyncio.wait_for(server.ended.wait(), 5)
     assert not finding.passes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
+
+
+async def test_a_flood_of_informational_answers_costs_control_no_time(client: CheckClient) -> None:
+    """It all fits in a read, and must neither be parsed to its end nor be waited out."""
+    async with serving(repeats(b"", b"HTTP/1.1 102\r\n\r\n" * 4000)) as (server, target):
+        finding = await client.check(an_http_check(timeout_s=30.0), target)
+        await asyncio.wait_for(server.ended.wait(), 5)
+    assert not finding.passes and finding.output == "its answer is not valid: informational answers without end"
+
+
+async def test_some_informational_answers_are_passed_over(client: CheckClient) -> None:
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    async with serving(says(early * 3 + status("200 OK"))) as (_, target):
+        assert (await client.check(an_http_check(), target)).passes
+
+
+async def test_an_upgrade_is_no_pass(client: CheckClient) -> None:
+    switch = b"HTTP/1.1 101 Switching\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\nbytes"
+    async with serving(says(switch)) as (_, target):
+        finding = await client.check(an_http_check(timeout_s=30.0), target)
+    assert not finding.passes and finding.output
+
+
+async def test_head_is_answered_without_a_body(client: CheckClient) -> None:
+    async with serving(says(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")) as (server, target):
+        assert (await client.check(an_http_check(method="HEAD"), target)).passes
+    assert server.heads[0].startswith("HEAD / HTTP/1.1\r\n") and "Content-Length" not in server.heads[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("/up?a=1&b=%20c", "/up?a=1&b=%20c"),
+        ("/a b\r\nX: y", "/a%20b%0D%0AX:%20y"),
+        ("/caf\u00e9#top", "/caf%C3%A9%23top"),
+    ],
+)
+def test_whatever_the_path_the_request_line_is_one(path: str, target: str) -> None:
+    request = request_bytes(an_http_check(path=path), Target("::1", 80))
+    assert request.startswith(f"GET {target} HTTP/1.1\r\nHost: [::1]:80\r\n".encode())
+
+
+def test_framing_is_ours_whatever_is_configured() -> None:
+    fields = (("Transfer-Encoding", "chunked"), ("content-length", "7"), ("Connection", "keep-alive"), ("A", "b"))
+    lines = request_bytes(an_http_check(method="PUT", headers=fields), Target("127.0.0.1", 80)).split(b"\r\n")
+    assert [line for line in lines if line.lower().startswith((b"trans", b"content", b"connection"))] == [
+        b"Connection: close", b"Content-Length: 0",
+    ]  # fmt: skip
+    assert b"A: b" in lines
 
 
 async def test_an_endless_body_is_neither_read_nor_waited_for(client: CheckClient) -> None:
@@ -268,27 +315,18 @@ async def test_sockets_are_made_in_the_network_of_the_machine_that_is_checked() 
         return plain_socket(0, family)
 
     client = CheckClient(make_socket)
-    try:
-        async with serving(says(status("200 OK"))) as (_, target):
-            there = [Target(target.host, target.port, 5000 + number) for number in range(20)]
-            checks = (an_http_check() if one.netns_pid % 2 else TCP for one in there)
-            findings = await asyncio.gather(
-                *(client.check(check, one) for check, one in zip(checks, there, strict=True))
-            )
-    finally:
-        await client.close()
+    async with serving(says(status("200 OK"))) as (_, target):
+        there = [Target(target.host, target.port, 5000 + number) for number in range(20)]
+        checks = [client.check(an_http_check() if one.netns_pid % 2 else TCP, one) for one in there]
+        findings = await asyncio.gather(*checks)
     assert all(one.passes for one in findings)
     assert sorted(asked) == [5000 + number for number in range(20)]
 
 
-async def test_a_network_that_is_gone_fails_the_check() -> None:
-    client = CheckClient(plain_socket)
-    try:
-        for check in (TCP, an_http_check()):
-            finding = await client.check(check, Target("127.0.0.1", 9, netns_pid=1))
-            assert not finding.passes and finding.output
-    finally:
-        await client.close()
+async def test_a_network_that_is_gone_fails_the_check(client: CheckClient) -> None:
+    for check in (TCP, an_http_check()):
+        finding = await client.check(check, Target("127.0.0.1", 9, netns_pid=1))  # plain_socket knows no networks
+        assert not finding.passes and finding.output
 
 
 # --- TLS
