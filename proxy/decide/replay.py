@@ -384,7 +384,8 @@ def parse_json(body: bytes) -> Directive:
     """Read an answer of type application/vnd.fly.replay+json (spec routing §2.4).
 
     Values are read as those of the header. Members that we do not know are ignored; null, and an empty string (what
-    some languages write for a member that is not set), are as if absent. Raises ProxyError(REPLAY_INVALID).
+    some languages write for a member that is not set), are as if absent; of a member given twice the last counts, as
+    in most readers of JSON. Raises ProxyError(REPLAY_INVALID).
     """
     if len(body) > MAX_JSON_BYTES:
         raise _invalid(f"JSON: more than {MAX_JSON_BYTES} bytes")

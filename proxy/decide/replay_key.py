@@ -142,6 +142,8 @@ def session_value(rule: ReplayCacheRule, passed: Sequence[bytes], listed_hops: f
         return None
     value = None
     for at in range(0, len(passed), 4):
+        if len(passed[at]) != len(wanted):
+            continue
         lower = passed[at].lower()
         if lower == wanted or lower.replace(b"_", b"-") == dashed:
             if value is not None or lower != wanted:
