@@ -13,6 +13,7 @@ import ipaddress
 import os
 import re
 import shutil
+import zoneinfo
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -20,7 +21,22 @@ from typing import Final, TypeVar
 import idna
 import tomli
 
-from proxy.model import AppLimits, AppName, Endpoint, RegionCode, RestartPolicy, Service, WakeOn
+from proxy.decide.access import Networks, network_fault, parse_networks
+from proxy.decide.autostop import WarmHours, parse_warm_hours
+from proxy.model import (
+    AccessRules,
+    AppLimits,
+    AppName,
+    Autostop,
+    Balance,
+    Endpoint,
+    RegionCode,
+    RestartPolicy,
+    Service,
+    StickyCookie,
+    WakeOn,
+    WakeRules,
+)
 from proxy.process import ListenAddress, ServePlan
 from proxy.wire.fly_keys import KeyClass, KeyUse
 from proxy.wire.fly_toml import DEFAULT_GROUP, FlyToml, FlyTomlResult, Volume, is_env_name, read_command, read_fly_toml
@@ -134,7 +150,19 @@ class AppConfig:
     wake_on: WakeOn = WakeOn.HELLO
     wake_timeout_s: float = 60.0
     idle_timeout_s: float = 300.0  # 0 = by Fly's autostop formula only
+    autostop_interval_s: float | None = None  # None = the node's
+    autostop_at_once: int = 1
+    busy: str | None = None  # a path
+    warm_hours: tuple[WarmHours, ...] = ()
+    restart_on_failing_checks_s: float = 0.0  # 0 = never
     limits: AppLimits = field(default_factory=AppLimits)
+    balance: Balance = Balance.FLY
+    sticky: StickyCookie | None = None
+    access: AccessRules = field(default_factory=AccessRules)
+    wake_rules: WakeRules = field(default_factory=WakeRules)
+    organization: str = "personal"
+    replay_sources: tuple[str, ...] = ()
+    keep_bodies: bool = False
     machines: tuple[StaticMachine, ...] = ()
     keys: tuple[KeyUse, ...] = ()  # of its fly.toml
 
@@ -145,6 +173,23 @@ class AppConfig:
     @property
     def primary_region(self) -> RegionCode | None:
         return RegionCode(self.fly.primary_region) if self.fly.primary_region else None
+
+    @property
+    def machine_count(self) -> int:
+        """How many machines serve: those of groups with a service."""
+        return len(self.machines) or sum(group.count for group in self.groups if group.internal_ports)
+
+    @property
+    def can_autostop(self) -> bool:
+        """Whether a machine may stop by itself: every service of its group must permit it."""
+        if self.driver == "static":
+            return False
+        services = [[one for one in self.services if group.name in one.processes] for group in self.groups]
+        return any(ones and all(one.autostop is not Autostop.OFF for one in ones) for ones in services)
+
+    @property
+    def can_wake(self) -> bool:
+        return self.driver != "static" and any(service.autostart for service in self.services)
 
     @property
     def own_network(self) -> bool:
@@ -519,11 +564,24 @@ class _AppReader:
             wake_on=WakeOn(text) if (text := table.text("wake_on", choices=("hello", "request"))) else None,
             wake_timeout_s=_positive_s(table, "wake_timeout"),
             idle_timeout_s=table.duration_s("idle_timeout", bare_unit_s=1.0),
+            autostop_interval_s=_positive_s(table, "autostop_interval"),
+            autostop_at_once=table.integer("autostop_at_once", 1, 10_000),
+            busy=_matching(table, "busy", r"/[!-~]{0,1023}", 'a path such as "/busy"'),
+            warm_hours=self._warm_hours(),
+            restart_on_failing_checks_s=table.duration_s("restart_on_failing_checks", bare_unit_s=1.0),
             limits=self._limits(),
+            balance=Balance(text) if (text := table.text("balance", choices=_BALANCES)) else None,
+            sticky=self._sticky(),
+            access=self._access(),
+            wake_rules=self._wake_rules(),
+            organization=_matching(table, "organization", _ORGANIZATION, _ORGANIZATION_EXPECTED),
+            replay_sources=self._replay_sources(),
+            keep_bodies=table.flag("keep_bodies"),
             machines=machines,
             keys=result.keys if path is not None else (),
         )
         self._check_ports(app)
+        self._warn_of_idle_keys(app)
         return app, table
 
     # --- which app it is
@@ -733,11 +791,156 @@ class _AppReader:
             connect_timeout_s=_positive_s(table, "connect_timeout"),
             idle_timeout_s=_positive_s(table, "stream_idle_timeout"),
             max_waiters=table.integer("max_waiters", 1, 10_000_000),
+            queue_timeout_s=table.duration_s("queue_timeout", bare_unit_s=1.0),
+            max_queued=table.integer("max_queued", 0, 10_000_000),
+            replay_memory_bytes=table.integer("replay_memory", 0, 2**30),
+            replay_spool_bytes=table.integer("replay_spool", 0, 2**40),
         )
         first_byte_s = table.duration_s("first_byte_timeout", bare_unit_s=1.0)
         return (
             limits if first_byte_s is None else dataclasses.replace(limits, first_byte_timeout_s=first_byte_s or None)
         )
+
+    # --- which machine, who may ask, and what wakes
+
+    def _sticky(self) -> StickyCookie | None:
+        if not isinstance(self.table.raw("sticky"), Mapping):
+            value = self.table.raw("sticky")
+            if value is not MISSING and not isinstance(value, bool):
+                self.table.error("sticky", 'expected true, false, or { name = "...", ttl = "24h" }')
+            return StickyCookie() if value is True else None
+        table = self._below("sticky", ("name", "ttl"))
+        name = _matching(table, "name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", "a cookie's name")
+        return _build(StickyCookie, name=name, ttl_s=_positive_s(table, "ttl"))
+
+    def _replay_sources(self) -> tuple[str, ...]:
+        sources = []
+        for one in self.table.texts("replay_sources"):
+            if re.fullmatch(_ORGANIZATION, one):
+                sources.append(one)
+            else:
+                expected = f"expected names of organizations: {_ORGANIZATION_EXPECTED}"
+                self.table.reader.error(self.table.at("replay_sources"), one, expected)
+        return tuple(dict.fromkeys(sources))
+
+    def _access(self) -> AccessRules:
+        table = self._below("access", _ACCESS_KEYS)
+        allow, deny = _networks(table, "allow"), _networks(table, "deny")
+        allow += self._allowed_by_file(table)
+        if deny and allow:
+            denied = Networks(deny)
+            for one in allow:  # the quick look first: a list may hold thousands
+                if denied.contains(one.partition("/")[0]) and _is_within_any(one, deny):
+                    table.reader.warn(table.at("deny"), list(deny), f"holds all of {one}, which is allowed: deny wins")
+        for key in ("requests_per_second", "handshakes_per_second"):
+            if table.raw(key) == 0 and not isinstance(table.raw(key), bool):
+                table.warn(key, "0 refuses everyone; leave the key out for no limit")
+        if "requests_burst" in table and "requests_per_second" not in table:
+            table.warn("requests_burst", "has no effect without requests_per_second")
+        return _build(
+            AccessRules,
+            allow=tuple(dict.fromkeys(allow)),
+            deny=tuple(dict.fromkeys(deny)),
+            requests_per_s=table.number("requests_per_second", 0, 1e6),
+            requests_burst=table.integer("requests_burst", 1, 1_000_000),
+            connections=table.integer("connections", 1, 10_000_000),
+            handshakes_per_s=table.number("handshakes_per_second", 0, 1e6),
+            max_body_bytes=table.integer("max_body", 0, 2**50),
+        )
+
+    def _allowed_by_file(self, table: Table) -> list[str]:
+        """The networks of `allow_from_file`. A list that cannot be read, or is empty, must not open the app to all."""
+        name = table.text("allow_from_file")
+        if name is None:
+            return []
+        path = self.config.resolve(name)
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read(_LIST_MAX + 1)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            table.error("allow_from_file", f"expected a list of networks: {path} cannot be read: {why}")
+            return []
+        if len(text) > _LIST_MAX:
+            table.error("allow_from_file", f"expected a list of networks of {_LIST_MAX >> 20} MB at most")
+            return []
+        networks, faults = parse_networks(text)
+        rows = text.removeprefix("\ufeff").splitlines()
+        for line, expectation in faults:
+            fault = Fault((), "", _printable(expectation), file=path, line=line, source_line=_printable(rows[line - 1]))
+            self.config.app_faults.append(fault)
+        if not networks and not faults:
+            table.error("allow_from_file", f"there is no network in {path}: everyone would be let in")
+        return networks
+
+    def _wake_rules(self) -> WakeRules:
+        table = self._below("wake_rules", _WAKE_KEYS)
+        for key, pattern, expected in (
+            ("ignore_paths", r"[/*?\[].*", 'globs of paths such as "/wp-*"'),
+            ("ignore_methods", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", 'methods such as "HEAD"'),
+            ("ignore_agents", r".*\S.*", 'parts of a User-Agent such as "bot"'),
+        ):
+            for one in table.texts(key):
+                if not re.fullmatch(pattern, one):
+                    table.reader.error(table.at(key), one, f"expected {expected}")
+        for key in ("starts_per_source", "starts"):
+            if table.raw(key) == 0 and not isinstance(table.raw(key), bool):
+                table.warn(key, "0 lets no request start a machine; leave the key out for no limit")
+        return _build(
+            WakeRules,
+            ignore_paths=table.texts("ignore_paths"),
+            ignore_methods=tuple(one.upper() for one in table.texts("ignore_methods")),
+            ignore_agents=table.texts("ignore_agents"),
+            ignore_sources=tuple(_networks(table, "ignore_sources")),
+            starts_per_source_s=table.number("starts_per_source", 0, 1e6),
+            starts_per_s=table.number("starts", 0, 1e6),
+            waiting_page=table.flag("waiting_page"),
+        )
+
+    def _warm_hours(self) -> tuple[WarmHours, ...]:
+        found = []
+        for text in self.table.texts("warm_hours"):
+            try:
+                hours = parse_warm_hours(text)
+            except ValueError as error:
+                self.table.reader.error(self.table.at("warm_hours"), text, str(error))
+                continue
+            if _is_zone(hours.zone):
+                found.append(hours)
+                continue
+            names = {one.lower(): one for one in zoneinfo.available_timezones()}
+            near = suggest(hours.zone, names)
+            expected = f"{hours.zone!r} is no time zone that this host knows"
+            self.table.reader.error(self.table.at("warm_hours"), text, expected, names[near] if near else None)
+        return tuple(found)
+
+    def _below(self, key: str, known: Sequence[str]) -> Table:
+        """A table in the app's section; an empty one where there is none."""
+        table = self.table.table(key) or Table(self.table.reader, {}, self.table.at(key))
+        only_known(table, known)
+        return table
+
+    def _warn_of_idle_keys(self, app: AppConfig) -> None:
+        """Warn of keys that do nothing together with the rest of what is configured."""
+        table = self.table
+        for key in ("busy", "warm_hours", "autostop_interval", "autostop_at_once"):
+            if key in table and not app.can_autostop:
+                table.warn(key, "has no effect: no machine stops by itself (auto_stop_machines in fly.toml)")
+        if app.sticky is not None and app.machine_count < 2:
+            table.warn("sticky", "has no effect with a single machine")
+        if app.balance is not Balance.FLY and app.machine_count < 2:
+            table.warn("balance", "has no effect with a single machine")
+        if app.keep_bodies and app.limits.replay_spool_bytes == 0:
+            table.warn("keep_bodies", "has no effect with replay_spool = 0")
+        if app.restart_on_failing_checks_s and (app.driver == "static" or not any(one.checks for one in app.services)):
+            table.warn("restart_on_failing_checks", "has no effect: no service of machines made here has a check")
+        if app.wake_rules != WakeRules() and not app.can_wake:
+            table.warn("wake_rules", "have no effect: nothing starts machines of this app on demand")
+        elif app.wake_on is WakeOn.HELLO:
+            for key in ("ignore_paths", "ignore_methods", "ignore_agents"):
+                if found := getattr(app.wake_rules, key):
+                    expected = 'over TLS the ClientHello wakes before this is known: set wake_on = "request"'
+                    table.reader.warn((*table.at("wake_rules"), key), list(found), expected)
 
 
 _ReadApp = tuple[AppConfig, Table]
@@ -746,8 +949,21 @@ _SECTIONS: Final = ("node", "listen", "certs", "regions", "peers", "cluster", "l
 _APP_KEYS: Final = (
     "name", "fly_toml", "driver", "command", "cwd", "user", "count", "network", "wake_on", "wake_timeout",
     "idle_timeout", "hostnames", "env", "connect_timeout", "first_byte_timeout", "stream_idle_timeout", "max_waiters",
-    "machines",
+    "machines", "balance", "queue_timeout", "max_queued", "organization", "replay_sources", "keep_bodies",
+    "replay_memory", "replay_spool", "sticky", "access", "wake_rules", "restart_on_failing_checks", "autostop_interval",
+    "autostop_at_once", "busy", "warm_hours",
 )  # fmt: skip
+_ACCESS_KEYS: Final = (
+    "allow", "deny", "allow_from_file", "requests_per_second", "requests_burst", "connections",
+    "handshakes_per_second", "max_body",
+)  # fmt: skip
+_WAKE_KEYS: Final = (
+    "ignore_paths", "ignore_methods", "ignore_agents", "ignore_sources", "starts_per_source", "starts", "waiting_page",
+)  # fmt: skip
+_BALANCES: Final = tuple(one.value for one in Balance)
+_ORGANIZATION: Final = r"[a-z0-9][a-z0-9-]{0,62}"
+_ORGANIZATION_EXPECTED: Final = "lower case letters, digits and dashes"
+_LIST_MAX: Final = 16 << 20  # of a file of networks
 _APP_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -817,6 +1033,31 @@ def _matching(table: Table, key: str, pattern: str, expected: str) -> str | None
         table.error(key, f"expected {expected}")
         return None
     return text
+
+
+def _networks(table: Table, key: str) -> list[str]:
+    """The networks of an array; each that is none is a fault."""
+    networks = []
+    for one in table.texts(key):
+        if (fault := network_fault(one)) is not None:
+            table.reader.error(table.at(key), one, fault)
+        else:
+            networks.append(one)
+    return networks
+
+
+def _is_within_any(network: str, others: Iterable[str]) -> bool:
+    one = ipaddress.ip_network(network)
+    wholes = (ipaddress.ip_network(other) for other in others)
+    return any(one.version == whole.version and one.subnet_of(whole) for whole in wholes)  # type: ignore[arg-type]  # versions are the same
+
+
+def _is_zone(name: str) -> bool:
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        return False
+    return True
 
 
 def _positive_s(table: Table, key: str) -> float | None:

@@ -441,16 +441,22 @@ def test_the_example_loads_and_shows_every_key_with_its_default() -> None:
     assert result.config.listen == plain.listen
     assert set(shown["limits"]) == set(config_module._fields(config_module.LimitsSection))
     assert set(shown["node"]) == set(config_module._fields(config_module.NodeSection))
-    assert set(shown["apps"][0]) | {"user", "machines"} == set(config_module._APP_KEYS)
+    hidden = {"user", "machines", "autostop_interval", "busy"}  # have no default that could be written
+    assert set(shown["apps"][0]) | hidden == set(config_module._APP_KEYS)
     commented = set(re.findall(r"[a-z_]+", path.read_text()))
-    assert {"acme_directory", "acme_email", "acme_ca_file", "backhaul", "dns", "user", "latitude"} <= commented
+    assert {"acme_directory", "acme_email", "acme_ca_file", "backhaul", "dns", "latitude"} | hidden <= commented
+    assert {*config_module._ACCESS_KEYS, *config_module._WAKE_KEYS} <= commented
 
 
 def test_the_examples_app_shows_the_defaults_of_an_app(node: Node) -> None:
     example = load(ROOT / "config.example.toml", NOBODY).config
     assert example is not None
     default = node.app()
-    for name in ("wake_on", "wake_timeout_s", "idle_timeout_s", "limits", "network", "driver", "user"):
+    for name in (
+        "wake_on", "wake_timeout_s", "idle_timeout_s", "limits", "network", "driver", "user", "balance", "sticky",
+        "access", "wake_rules", "organization", "replay_sources", "keep_bodies", "autostop_interval_s",
+        "autostop_at_once", "busy", "warm_hours", "restart_on_failing_checks_s",
+    ):  # fmt: skip
         assert getattr(example.apps[0], name) == getattr(default, name), name
 
 
@@ -464,12 +470,14 @@ def load_text(text: str, folder: Path) -> NodeConfig:
 # --- whatever comes
 
 _names = st.sampled_from(
-    [*config_module._SECTIONS, *config_module._APP_KEYS, "80", "443", "admin", "id", "address", "web", "issuer",
+    [*config_module._SECTIONS, *config_module._APP_KEYS, *config_module._ACCESS_KEYS, *config_module._WAKE_KEYS,
+     "80", "443", "admin", "id", "address", "web", "issuer",
      "region", "domain", "data_dir", "workers", "access", "urls", "name"]
 )  # fmt: skip
 _scalars = st.one_of(
     st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(),
-    st.sampled_from(["127.0.0.1:80", "shop/fly.toml", "static", "process", "a.b", "1m", "x y", "\0", "é", "/", "~"]),
+    st.sampled_from(["127.0.0.1:80", "10.0.0.0/8", "mon 1:00-2:00 Mars"]),
+    st.sampled_from(["shop/fly.toml", "static", "process", "a.b", "1m", "x y", "\0", "é", "/", "~"]),
 )  # fmt: skip
 _values = st.recursive(
     _scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_names, inner, max_size=6), max_leaves=25
@@ -495,6 +503,7 @@ def test_the_configuration_page_names_every_key() -> None:
     words = set(re.findall(r"[a-z_]+", page))
     own = {*config_module._fields(config_module.NodeSection), *config_module._fields(config_module.LimitsSection)}
     own |= {*config_module._APP_KEYS, *config_module._SECTIONS, "issuer", "access", "format", "admin", "id", "address"}
+    own |= {*config_module._ACCESS_KEYS, *config_module._WAKE_KEYS}
     assert own <= words, own - words
     used = {key.split(".")[-1] for key, reason in KEYS.items() if reason == USED and "*" not in key}
     assert used - {"name", "command", "retries", "policy"} <= words, used - words

@@ -55,6 +55,8 @@ class Entry:
             name=plan.name, hostnames=plan.hostnames, services=plan.services,
             machines=tuple(machine.record() for machine in self.machines), slot=self.slot, wake_on=plan.wake_on,
             wake_timeout_s=plan.wake_timeout_s, primary_region=plan.primary_region, limits=plan.limits,
+            balance=plan.balance, sticky=plan.sticky, access=plan.access, wake_rules=plan.wake_rules,
+            organization=plan.organization, replay_sources=plan.replay_sources, keeps_bodies=plan.keeps_bodies,
         )  # fmt: skip
 
 

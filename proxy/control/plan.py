@@ -14,7 +14,20 @@ import msgspec
 from proxy.config import AppConfig, GroupConfig, NodeConfig
 from proxy.decide.autostop import WarmHours
 from proxy.ipc import PROTOCOL, Settings
-from proxy.model import AppLimits, AppName, Autostop, Endpoint, RegionCode, RestartPolicy, Service, WakeOn
+from proxy.model import (
+    AccessRules,
+    AppLimits,
+    AppName,
+    Autostop,
+    Balance,
+    Endpoint,
+    RegionCode,
+    RestartPolicy,
+    Service,
+    StickyCookie,
+    WakeOn,
+    WakeRules,
+)
 from proxy.wire.fly_toml import NamedCheck
 
 
@@ -74,6 +87,14 @@ class AppPlan:
     statics: tuple[StaticMachine, ...] = ()
     checks: tuple[NamedCheck, ...] = ()  # of the top level: told, never part of routing
     restart_on_checks: float = 0.0  # seconds of failing service checks after which a machine is restarted; 0 = never
+    # what workers alone go by: see model.App
+    balance: Balance = Balance.FLY
+    sticky: StickyCookie | None = None
+    access: AccessRules = field(default_factory=AccessRules)
+    wake_rules: WakeRules = field(default_factory=WakeRules)
+    organization: str = "personal"
+    replay_sources: tuple[str, ...] = ()
+    keeps_bodies: bool = False
 
     def group(self, name: str) -> GroupPlan | None:
         return next((group for group in self.groups if group.name == name), None)
@@ -156,9 +177,21 @@ def _app_plan(app: AppConfig) -> AppPlan:
         wake_on=app.wake_on,
         wake_timeout_s=app.wake_timeout_s,
         idle_timeout_s=app.idle_timeout_s,
+        autostop_interval_s=app.autostop_interval_s,
+        autostop_at_once=app.autostop_at_once,
+        busy=app.busy,
+        warm_hours=app.warm_hours,
         limits=app.limits,
         statics=tuple(StaticMachine(one.id, one.endpoints(app.services)) for one in app.machines),
         checks=app.fly.checks,
+        restart_on_checks=app.restart_on_failing_checks_s,
+        balance=app.balance,
+        sticky=app.sticky,
+        access=app.access,
+        wake_rules=app.wake_rules,
+        organization=app.organization,
+        replay_sources=app.replay_sources,
+        keeps_bodies=app.keep_bodies,
     )
 
 
