@@ -107,9 +107,9 @@ class Rig:
             plain_socket, self.epoch,
         )  # fmt: skip
         self.hub = Hub(self.listener, 2, self.memory, self.clock, a_plan().settings)
-        self.apps = Apps(
-            self.store, self.fleet, self.hub, self.memory, self.clock, random.Random(1), str(folder / "table.msgpack")
-        )
+        rng = random.Random(os.getpid())  # ports of its own for each of several runs at the same time
+        snapshot = str(folder / "table.msgpack")
+        self.apps = Apps(self.store, self.fleet, self.hub, self.memory, self.clock, rng, snapshot)
         self.published: list[Machine] = []
         forward = self.fleet.on_change
 
