@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.machines.support import needs_network
 from tests.support.processes import wait_for
 from tests.support.serve import ServedNode
 
@@ -58,6 +59,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedNode]:
     apps = make_checked_app(folder, "pair", "off", "count = 2")
     apps += make_checked_app(folder, "sleeper", "stop")
     apps += make_checked_app(folder, "sick", "stop", 'wake_timeout = "2s"')
+    apps += make_checked_app(folder, "healed", "off", 'restart_on_failing_checks = "2s"')
+    if not needs_network:
+        apps += make_checked_app(folder, "spaced", "off", 'count = 2\nnetwork = "namespace"')
     with ServedNode(folder, apps, workers=2) as served:
         yield served
 
@@ -147,6 +151,29 @@ def test_a_machine_that_fails_gets_no_requests_until_it_passes_again_and_no_requ
     assert visitors.failures == []
     states = {machine["id"]: machine["restart_count"] for machine in node.machines("pair")}
     assert states == {ill: 0, well: 0}
+
+
+@pytest.mark.skipif(bool(needs_network), reason=needs_network)
+def test_machines_with_a_network_of_their_own_are_told_apart(node: ServedNode) -> None:
+    """Both listen on the same address and port, each in its own network."""
+    wait_for(lambda: set(status_of(node, "spaced").values()) == {"passing"}, 20, lambda: str(node.machines("spaced")))
+    ill, well = (machine["id"] for machine in node.machines("spaced"))
+    set_health(node, "spaced", 503, ill)
+    until_critical(node, "spaced", ill)
+    assert status_of(node, "spaced") == {ill: "critical", well: "passing"}
+    assert {node.get("spaced")[2].split()[0].decode() for _ in range(20)} == {well}
+
+
+def test_a_machine_is_restarted_for_failing_checks_where_its_app_asks_for_that(node: ServedNode) -> None:
+    wait_for(lambda: set(status_of(node, "healed").values()) == {"passing"}, 20, lambda: str(node.machines("healed")))
+    (before,) = node.machines("healed")
+    set_health(node, "healed", 503)
+    wait_for(lambda: node.machines("healed")[0]["restart_count"] == 1, 20, node.log)
+    set_health(node, "healed", None)
+    until_critical(node, "healed", before["id"], "passing")
+    (after,) = node.machines("healed")
+    assert after["state"] == "started" and after["pid"] != before["pid"]
+    assert node.get("healed")[2].split()[1] == b"1"  # a new process
 
 
 def test_a_killed_control_forgets_no_failure(node: ServedNode) -> None:
