@@ -3,11 +3,12 @@
     GET /           who answers: {"pid", "machine", "count"}
     GET /wait/S     answers after S seconds
     GET /exit/N     ends with status N, at once and without an answer
+    GET /busy       423 while the file BUSY exists, else 200
     Upgrade: echo   101, then every byte comes back
     anything else   takes the body and tells its length
 
 Environment: STARTS (file: one line "PID MONOTONIC_NS" for each start), NEEDS (file: without it, end with status 7),
-LISTEN_NEEDS (file: without it, never listen), LISTEN_AFTER_S, LOUD_BYTES_S (write numbered lines that fast).
+LISTEN_NEEDS (file: without it, never listen), BUSY, LISTEN_AFTER_S, LOUD_BYTES_S (write numbered lines that fast).
 """
 
 import json
@@ -86,8 +87,11 @@ def answer(client: socket.socket, stream, path: str, fields: dict[bytes, bytes])
         time.sleep(float(words[1]))
     told = {"pid": os.getpid(), "machine": os.environ.get("FLY_MACHINE_ID"), "count": count, "bytes": len(body)}
     text = json.dumps(told).encode()
+    is_busy = words[0] == "busy" and os.path.exists(os.environ["BUSY"])
     client.sendall(
-        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(text) + text
+        (b"HTTP/1.1 423 Locked\r\n" if is_busy else b"HTTP/1.1 200 OK\r\n")
+        + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(text)
+        + text
     )
     return True
 

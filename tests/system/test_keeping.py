@@ -30,6 +30,10 @@ WEBSOCKET = Path(__file__).with_name("programs") / "websocket.py"
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedNode]:
     folder = tmp_path_factory.mktemp("node")
     apps = [make_app(folder, "pair", autostop="off", keys="count = 2"), make_app(folder, "lone")]
+    idle = 'idle_timeout = "300ms"\n'
+    apps += [make_app(folder, "busy", keys=idle + 'busy = "/busy"', env={"BUSY": str(folder / "busy")})]
+    apps += [make_app(folder, "marked", keys=idle), make_app(folder, "idle", keys=idle)]
+    apps += [make_app(folder, "warm", keys=idle + 'count = 2\nwarm_hours = ["daily 00:00-24:00 Europe/Amsterdam"]')]
     apps += [make_app(folder, name).replace(str(PROGRAM), str(WEBSOCKET)) for name in ("chat", "chat-frozen")]
     with ServedNode(folder, "".join(apps)) as served:
         yield served
@@ -162,6 +166,45 @@ def test_a_cordon_and_a_lease_outlive_control(node: ServedNode, pair: list[str])
     node.cli("machine", "uncordon", pair[0], "--nonce", lease["nonce"])
     node.cli("machine", "lease", "release", pair[0], "--nonce", lease["nonce"])
     assert node.api("GET", path)[1]["state"] == "started"
+
+
+# --- what keeps an idle machine up
+
+
+def come_and_go(node: ServedNode, times: int) -> None:
+    """An app of the same idle timeout is woken and stopped, so that every other one was looked at meanwhile."""
+    for _ in range(times):
+        assert node.get("idle")[0] == 200
+        node.wait_machine_state("idle", "stopped")
+
+
+def test_a_machine_that_says_it_is_busy_stays_until_it_is_not(node: ServedNode) -> None:
+    mark = node.folder / "busy"
+    mark.touch()
+    assert node.get("busy")[0] == 200
+    come_and_go(node, 2)
+    wait_for(lambda: "says that it is busy" in node.log(), 10, "the machine asked")
+    assert node.machines("busy")[0]["state"] == "started"
+    mark.unlink()
+    node.wait_machine_state("busy", "stopped", 25)  # it is not asked again for 15 s
+    assert len(starts(node.folder, "busy")) == 1
+
+
+def test_a_machine_that_is_marked_busy_stays_until_the_mark_goes(node: ServedNode) -> None:
+    node.cli("machine", "metadata", "set", "marked", "wakefront_busy=true")
+    assert node.get("marked")[0] == 200
+    come_and_go(node, 2)
+    assert node.machines("marked")[0]["state"] == "started"
+    node.cli("machine", "metadata", "set", "marked", f"wakefront_busy={time.time() + 1:.3f}")
+    node.wait_machine_state("marked", "stopped")
+    assert len(starts(node.folder, "marked")) == 1
+
+
+def test_in_warm_hours_one_machine_runs_that_nobody_asked_for_and_stays(node: ServedNode) -> None:
+    node.wait_machine_state("warm", "started")
+    come_and_go(node, 2)
+    assert sorted(one["state"] for one in node.machines("warm")) == ["created", "started"]
+    assert len(starts(node.folder, "warm")) == 1
 
 
 # --- WebSockets
