@@ -82,7 +82,7 @@ def whole_request(request: bytes, response: bytes) -> Callable[[], object]:
     asyncio.set_event_loop(loop)
     _, memory = SharedMemory.create(1)
     settings = Settings(PROTOCOL, "bench", "ams", "apps.localhost")
-    edge = EdgeContext(loop, memory, 0, settings, {80: 8080}, FakeLink(), Path(os.devnull))
+    edge = EdgeContext(loop, memory, 0, settings, {80: 8080}, FakeLink(), Path(os.devnull), lambda worker: None)
     edge.table.start_load()
     edge.table.set_app(_app())
     edge.table.end_load()

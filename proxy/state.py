@@ -27,7 +27,9 @@ W_LOG_DROPPED = 6  # access-log lines lost because the file could not be written
 W_WAKES = 7
 W_TLS_TIME_US = 8
 W_LOOP_LAG_US = 9  # gauge: latest measured lateness of the loop
-_WORKER_GAUGES = (W_CONNECTIONS, W_LOOP_LAG_US)
+W_QUEUED = 10  # gauge: requests that wait for a machine below its hard limit
+W_QUEUE_TIMEOUTS = 11  # those that waited in vain
+_WORKER_GAUGES = (W_CONNECTIONS, W_LOOP_LAG_US, W_QUEUED)
 
 # Cells of an app's block, in each worker's part.
 APP_CELLS = 128
@@ -66,7 +68,8 @@ class SharedMemory:
         self._workers = (workers + 1) * _LINE
         self._load = self._workers + workers * WORKER_CELLS
         self._apps = self._load + workers * MACHINE_SLOTS * 2
-        self.size = (self._apps + workers * APP_SLOTS * APP_CELLS) * 8
+        self._queues = self._apps + workers * APP_SLOTS * APP_CELLS
+        self.size = (self._queues + workers * APP_SLOTS) * 8
         if os.fstat(fd).st_size < self.size:
             os.ftruncate(fd, self.size)
         self._map = mmap.mmap(fd, self.size)
@@ -97,10 +100,13 @@ class SharedMemory:
         """First cell of a worker's load column: in-flight of machine slot s at +2*s, admitted in all at +2*s+1."""
         return self._load + worker * MACHINE_SLOTS * 2
 
+    def queue_base(self, worker: int) -> int:
+        """First of a worker's queue cells: for each app slot since when its oldest request waits, ns; 0 = none does."""
+        return self._queues + worker * APP_SLOTS
+
     def in_flight(self, slot: int) -> int:
         """Requests (or connections) in flight on a machine, over all workers."""
-        first = self._load + slot * 2
-        return sum(self.cells[first + worker * MACHINE_SLOTS * 2] for worker in range(self.workers))
+        return sum(self.cells[self._load + slot * 2 : self._apps : MACHINE_SLOTS * 2])
 
     def admitted(self, slot: int) -> int:
         """Requests ever admitted to a machine slot. It only grows, so a difference means there was traffic."""
@@ -120,6 +126,11 @@ class SharedMemory:
         for cell in range(0, MACHINE_SLOTS * 2, 2):
             if column[cell]:
                 column[cell] = 0
+        first = self.queue_base(worker)
+        waiting = self.cells[first : first + APP_SLOTS]
+        for slot in range(APP_SLOTS):
+            if waiting[slot]:
+                waiting[slot] = 0
         base = self.worker_base(worker)
         for gauge in _WORKER_GAUGES:
             self.cells[base + gauge] = 0
@@ -151,8 +162,7 @@ class Load:
         index = self._base + slot * 2
         cells[index] += 1
         if hard_limit is not None:
-            with self._fence:
-                pass
+            self.fence()
             if self._memory.in_flight(slot) > hard_limit:
                 cells[index] -= 1
                 return False
@@ -161,6 +171,16 @@ class Load:
 
     def release(self, slot: int) -> None:
         self._cells[self._base + slot * 2] -= 1
+
+    def release_fenced(self, slot: int) -> None:
+        """Release a place that others may wait for: what is read after this was written by who saw it taken."""
+        self._cells[self._base + slot * 2] -= 1
+        self.fence()
+
+    def fence(self) -> None:
+        """A full memory fence: what was written before is seen by others before what is read after."""
+        with self._fence:
+            pass
 
     def count_connection(self, slot: int, change: int) -> None:
         """Count a tunnel or raw connection in or out without admission."""

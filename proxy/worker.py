@@ -102,10 +102,11 @@ class Worker:
         self._ctx = ctx
         self._memory = SharedMemory(ctx.shared_fd, ctx.plan.workers)
         self._link = Link(self, ctx.plan.run_dir)
+        self._bells = Bells(ctx.plan.run_dir, ctx.slot)
         public_ports = {listener.public_port: listener.socket.getsockname()[1] for listener in ctx.listeners}
         self.edge = EdgeContext(
             loop, self._memory, ctx.slot, Settings(PROTOCOL, "", "local", ""), public_ports, self._link,
-            Path(ctx.plan.data_dir) / "spool",
+            Path(ctx.plan.data_dir) / "spool", self._bells.ring,
         )  # fmt: skip
         self._gate = Gate(connection_limit(0))
         data_dir, run_dir = Path(ctx.plan.data_dir), Path(ctx.plan.run_dir)
@@ -129,6 +130,7 @@ class Worker:
             self._ctx.channel.setblocking(False)
             self._loop.add_reader(self._ctx.channel.fileno(), self._on_channel)
         self._load_snapshot()
+        self._bells.listen(self._loop, self.edge.queue.on_bell)
         self._link.start()
         await self._loaded.wait()
         await self._listen()
@@ -181,6 +183,7 @@ class Worker:
                 log.warning("%d connections were cut after the drain timeout of %g s", self._gate.open, deadline)
 
     def close(self) -> None:
+        self._bells.close(self._loop)
         self.edge.close()
 
     # --- supervisor
@@ -302,6 +305,46 @@ class Worker:
 
     def hello(self) -> WorkerHello:
         return WorkerHello(PROTOCOL, self._ctx.slot, os.getpid())
+
+
+class Bells:
+    """How workers tell each other that a place in line is free: a datagram to a socket in run_dir, without content.
+
+    One that reaches nobody is no fault: queues look again by themselves (edge/queue.py).
+    """
+
+    def __init__(self, run_dir: str, slot: int) -> None:
+        self._run_dir = run_dir
+        self._path = os.path.join(run_dir, f"bell-{slot}.sock")
+        self._own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._addresses: dict[int, str] = {}
+        self._on_bell: Callable[[], None] = lambda: None
+
+    def listen(self, loop: asyncio.AbstractEventLoop, on_bell: Callable[[], None]) -> None:
+        self._on_bell = on_bell
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)  # of the worker before in this slot
+        self._own.bind(unix_address(self._run_dir, os.path.basename(self._path)))
+        loop.add_reader(self._own.fileno(), self._rung)
+
+    def ring(self, slot: int) -> None:
+        address = self._addresses.get(slot)
+        if address is None:
+            address = self._addresses[slot] = unix_address(self._run_dir, f"bell-{slot}.sock")
+        with contextlib.suppress(OSError):
+            self._out.sendto(b"!", address)
+
+    def _rung(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(256):
+                self._own.recv(1)
+        self._on_bell()
+
+    def close(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.remove_reader(self._own.fileno())
+        self._own.close()
+        self._out.close()
 
 
 class Link(asyncio.Protocol):

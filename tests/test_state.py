@@ -144,7 +144,8 @@ def test_blocks_lie_apart_and_within_the_map(memory: SharedMemory) -> None:
     sizes = [WORKER_CELLS, WORKER_CELLS, MACHINE_SLOTS * 2, MACHINE_SLOTS * 2, APP_CELLS]
     assert starts[0] >= (WORKERS + 1) * 8
     assert all(start + size == after for start, size, after in zip(starts, sizes, starts[1:], strict=False))
-    assert memory.app_base(1, 16_383) + APP_CELLS == len(memory.cells) and memory.size == len(memory.cells) * 8
+    assert memory.app_base(1, 16_383) + APP_CELLS == memory.queue_base(0)
+    assert memory.queue_base(1) + 16_384 == len(memory.cells) and memory.size == len(memory.cells) * 8
 
 
 def test_cells_of_an_app_do_not_overlap() -> None:

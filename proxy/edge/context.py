@@ -16,6 +16,7 @@ from proxy.decide.replay_cache import ReplayCache
 from proxy.decide.ulid import TraceMaker, UlidMaker
 from proxy.edge.access_log import AccessLog, Record
 from proxy.edge.body import BodyBudget
+from proxy.edge.queue import Queue, Ring
 from proxy.edge.table import Table
 from proxy.edge.timers import Wheel
 from proxy.edge.waker import Waker
@@ -64,9 +65,10 @@ class EdgeContext:
         public_ports: dict[int, int],
         link: ControlLink,
         spool_folder: Path,
+        ring: Ring,
     ) -> None:
         """`public_ports` maps each public port that is listened on to the port bound for it; `spool_folder` is where
-        request bodies that are kept go beyond memory."""
+        request bodies that are kept go beyond memory; `ring` rings the bell of another worker (queue.py)."""
         self.loop = loop
         self.memory = memory
         self.worker = worker
@@ -78,11 +80,14 @@ class EdgeContext:
         self.public_ports = public_ports
         self.rng = random.Random()
         self.scores = MachineScores()
+        self.table.on_moved = self.scores.forget
         self.replays = ReplayCache()
+        self.queue = Queue(loop, self.load, memory, worker, self.wheel, ring)
         self.sticky_keys: tuple[bytes, ...] = (os.urandom(32),)  # until the node's own are given
         self.bodies = BodyBudget(loop, spool_folder)
         self.link = link
         self.waker = Waker(self.wheel, link, self.table, self.rng)
+        self.waker.on_started = self.queue.poke
         self.ulids = UlidMaker(os.urandom(8))
         self.traces = TraceMaker(os.urandom(16))
         self.log = AccessLog("", "json", self.wheel, self._count_dropped)
@@ -177,6 +182,7 @@ class EdgeContext:
         self.count(W_LOG_DROPPED, lines)
 
     def close(self) -> None:
+        self.queue.close()
         self.bodies.close()
         self.log.close()
         self.wheel.close()

@@ -27,13 +27,14 @@ from proxy.edge.access import AccessGate
 from proxy.edge.access_log import Record
 from proxy.edge.body import KeptBody, Replayed
 from proxy.edge.handover import Handover
+from proxy.edge.queue import Ticket
 from proxy.edge.relay import Tunnel
 from proxy.edge.steering import steer, stick
 from proxy.edge.table import AppView, MachineView, PortView, ServiceView
 from proxy.edge.upstream import UpstreamConnection, pool_for
 from proxy.edge.wake_rules import may_wake
 from proxy.edge.waker import HealthWait
-from proxy.errors import Code, ProxyError, Source, http_status
+from proxy.errors import Code, ProxyError, Retry, Source, http_status
 from proxy.ipc import PassiveFailure
 from proxy.model import AppName, MachineId
 from proxy.wire.http1 import CHUNKED, UNTIL_CLOSE, Headers, RequestHead, ResponseHead
@@ -44,6 +45,13 @@ if TYPE_CHECKING:
 DISCARD_BYTES = 64 * 1024  # of an answer that is a replay, read to its end so that its connection can be kept
 DISCARD_S = 2.0
 _IN_JSON = Directive()  # stands for one that is still being read
+_BLAMED = frozenset(
+    {
+        Code.CONNECT_REFUSED, Code.CONNECT_RESET, Code.CONNECT_TIMEOUT, Code.CONNECT_IO, Code.REQUEST_UNFINISHED,
+        Code.RESPONSE_INVALID, Code.FIRST_BYTE_TIMEOUT,
+    }
+)  # fmt: skip
+_RACES = 3  # lost against other workers for a place, before it stands in line
 HOLD_BYTES = 64 * 1024  # of a body held while there is no machine to send it to
 
 
@@ -80,12 +88,60 @@ class Exchange:
     """One request. Created by a stream when a head is whole; gone when the record is written."""
 
     __slots__ = (
-        "app", "attempts", "body_done", "body_max", "bytes_in", "bytes_out", "cache_status", "chunked_out",
-        "client_held", "close_after", "code", "collected", "connecting", "cookie", "counted_slot", "detail", "edge",
-        "ended", "extra", "failed", "first_byte_ns", "handing", "handover", "head", "head_only", "health_wait", "held",
-        "held_bytes", "kept", "machine", "port", "replayed", "request_id", "response", "sent_ns", "session",
-        "started_ns", "started_unix", "status", "stream", "ticket", "trailers", "tried", "tunnel", "upstream",
-        "upstream_full", "upstream_held", "wake_machine", "wake_ns", "wakes", "want",
+        "app",
+        "attempts",
+        "body_done",
+        "body_max",
+        "bytes_in",
+        "bytes_out",
+        "cache_status",
+        "chunked_out",
+        "client_held",
+        "close_after",
+        "code",
+        "collected",
+        "connecting",
+        "cookie",
+        "counted_app",
+        "counted_slot",
+        "detail",
+        "edge",
+        "ended",
+        "extra",
+        "failed",
+        "first_byte_ns",
+        "handing",
+        "handover",
+        "head",
+        "head_only",
+        "health_wait",
+        "held",
+        "held_bytes",
+        "kept",
+        "machine",
+        "port",
+        "queue_ticket",
+        "queued_since",
+        "replayed",
+        "request_id",
+        "response",
+        "sent_ns",
+        "session",
+        "started_ns",
+        "started_unix",
+        "status",
+        "stream",
+        "ticket",
+        "trailers",
+        "tried",
+        "tunnel",
+        "upstream",
+        "upstream_full",
+        "upstream_held",
+        "wake_machine",
+        "wake_ns",
+        "wakes",
+        "want",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeContext, stream: Stream, head: RequestHead) -> None:
@@ -102,6 +158,9 @@ class Exchange:
         self.upstream: UpstreamConnection | None = None
         self.connecting: asyncio.Task[None] | None = None
         self.counted_slot = -1
+        self.counted_app = -1  # slot of the app whose hard limit the count is under; -1: none
+        self.queue_ticket: Ticket | None = None  # its place in line for a machine below its hard limit
+        self.queued_since = 0
         self.want: Preference | None = None  # what the client asks for
         self.extra = b""  # header lines for the machine beside the usual ones
         self.health_wait: HealthWait | None = None
@@ -189,6 +248,7 @@ class Exchange:
         self.first_byte_ns = 0
         self.tried = None
         self.wakes = self.attempts = 0
+        self.queued_since = 0
         self.choose()
 
     def _choose_again(self) -> None:
@@ -243,18 +303,28 @@ class Exchange:
         if self.tried or (want is not None and want.exclude):
             gone = (self.tried or set()) | (want.exclude if want is not None else frozenset())
             running = [one for one in running if one.record.id not in gone]
-        elif app.has_failures:
+        elif edge.wheel.now < app.avoided_until:
             running = app.without_failing(running, edge.wheel.now)
         record = service.record
-        machine = choose_machine(
-            running, edge.in_flight, record.soft_limit, None, edge.rng, app.record.balance, edge.scores, edge.wheel.now
-        )
-        if machine is None:
+        if not running:
             self._choose_to_wake(service)
             return
-        self._attempt(machine)
-        if len(service.machines) > len(service.running):
-            self._start_another(service)
+        limit = record.hard_limit
+        is_new = limit is not None and not self.queued_since
+        if not (is_new and edge.queue.is_contended(app.record.slot)):  # else it would pass by those who wait
+            for _ in range(_RACES):
+                machine = choose_machine(
+                    running, edge.in_flight, record.soft_limit, limit, edge.rng, app.record.balance, edge.scores,
+                    edge.wheel.now,
+                )  # fmt: skip
+                if machine is None:
+                    break
+                if self._attempt(machine):
+                    if len(service.machines) > len(service.running):
+                        self._start_another(service, machine)
+                    return
+        self._start_another(service, None)
+        self._wait_for_room(tuple(one.slot for one in running))
 
     def _named(self, want: Preference) -> bool:
         """The machine that was asked for, if it can take the request or be woken; else whether that ends it."""
@@ -265,8 +335,11 @@ class Exchange:
         if view is not None and view in service.machines and not (self.tried and view.record.id in self.tried):
             if view.takes_requests:
                 if want.force or view in service.running:
-                    self._attempt(view)
-                    return True
+                    if self._attempt(view):
+                        return True
+                    if want.force:
+                        self._wait_for_room((view.slot,))
+                        return True
             elif service.record.autostart and not view.record.cordoned and (want.force or not service.running):
                 self._wake(view.record.id)
                 return True
@@ -278,13 +351,40 @@ class Exchange:
         self.want = Preference(None, None, want.exclude)
         return False
 
-    def _start_another(self, service: ServiceView) -> None:
+    def _wait_for_room(self, slots: tuple[int, ...]) -> None:
+        """All are at their hard limit: stand in line, behind who came before, in whichever worker."""
+        app, port = self.app, self.port
+        assert app is not None and port is not None
+        limit, limits = port.service.record.hard_limit, app.record.limits
+        assert limit is not None
+        try:
+            self.queue_ticket = self.edge.queue.wait(
+                app.record.slot, slots, limit, limits.queue_timeout_s, limits.max_queued, self._on_room,
+                self.queued_since,
+            )  # fmt: skip
+        except ProxyError as error:
+            self.fail(error)
+            return
+        self.queued_since = self.queue_ticket.since_ns
+
+    def _on_room(self, error: ProxyError | None) -> None:
+        self.queue_ticket = None
+        if self.ended:
+            return
+        if error is not None:
+            self.fail(error)
+        else:
+            self._go_on(self._choose_again)
+
+    def _start_another(self, service: ServiceView, chosen: MachineView | None) -> None:
         """Have one more machine started where all that run are at their soft limit; nobody waits for it."""
-        edge, record = self.edge, service.record
-        if not record.autostart or self.app is None:
+        edge, record, app = self.edge, service.record, self.app
+        if not record.autostart or app is None or not edge.waker.may_start_another(app):
+            return
+        if chosen is not None and edge.in_flight(chosen.slot) < record.soft_limit:
             return
         if all(edge.in_flight(one.slot) >= record.soft_limit for one in service.running):
-            edge.waker.start_another(self.app, service)
+            edge.waker.start_another(app, service)
 
     def _choose_to_wake(self, service: ServiceView) -> None:
         assert self.app is not None
@@ -364,22 +464,27 @@ class Exchange:
             self.edge.loop.call_exception_handler({"message": "an exchange failed", "exception": error})
             self.on_request_broken(ProxyError(Code.INTERNAL, detail=repr(error)))
 
-    def _attempt(self, machine: MachineView) -> None:
+    def _attempt(self, machine: MachineView) -> bool:
+        """Send it to this machine. False, and nothing done, if that is at its hard limit by now."""
         app, port = self.app, self.port
         assert app is not None and port is not None
-        self.machine = machine
-        self.attempts += 1
+        service = port.service
         if self.counted_slot != machine.slot:
             self._release_load()
+            limit = service.record.hard_limit
+            if not self.edge.load.admit(machine.slot, limit):
+                return False
             self.counted_slot = machine.slot
-            self.edge.load.admit(machine.slot, None)
-        service = port.service
+            self.counted_app = app.record.slot if limit is not None else -1
+        self.machine = machine
+        self.attempts += 1
         pool = machine.pools.get(service.internal_port) or pool_for(self.edge, machine, service, app)
         connection = pool.take()
         if connection is None:
             self.connecting = pool.connect(self)
         else:
             self._send(connection)
+        return True
 
     def on_connected(self, connection: UpstreamConnection) -> None:
         self.connecting = None
@@ -396,9 +501,6 @@ class Exchange:
             self.edge.link.send(
                 PassiveFailure(machine.app, machine.record.id, machine.record.version, error.code.value)
             )
-            if self.app is not None:
-                self.app.failed(machine, self.edge.wheel.now)
-            self.edge.scores.observe_failure(machine.slot, self.edge.wheel.now)
             self._go_on(lambda: self._after_failure(error))
 
     def _send(self, connection: UpstreamConnection) -> None:
@@ -570,7 +672,11 @@ class Exchange:
         app, machine, edge = self.app, self.machine, self.edge
         assert app is not None and machine is not None
         now = edge.wheel.now
-        edge.scores.observe(machine.slot, now, (self.first_byte_ns - self.sent_ns) / 1e9)
+        seconds = (self.first_byte_ns - self.sent_ns) / 1e9
+        if head.status < 500:
+            edge.scores.observe(machine.slot, now, seconds)
+        else:
+            edge.scores.observe_error(machine.slot, now, seconds)  # a machine that fails fast must not look fast
         for name, value in head.noted:
             if name == LOAD_HEADER:
                 edge.scores.report(machine.slot, now, value)
@@ -580,8 +686,8 @@ class Exchange:
     def _on_noted(self, head: ResponseHead) -> bool:
         """What the machine says to us. True if that is a replay: then the answer is not the client's."""
         as_json = any(name == b"content-type" for name, _ in head.noted)
-        try:
-            directive = parse_headers(head.noted)
+        try:  # JSON goes before a header beside it, which some apps send as `fly-replay: true`
+            directive = None if as_json else parse_headers(head.noted)
         except ProxyError as error:
             self.refuse(error)
             return True
@@ -776,6 +882,9 @@ class Exchange:
         """An attempt failed before any answer: what next is decide/retry's to say."""
         machine, port = self.machine, self.port
         assert machine is not None and port is not None
+        if self.app is not None and error.code in _BLAMED and error.retry is not Retry.REUSED_CONNECTION:
+            self.app.failed(machine, self.edge.wheel.now)
+            self.edge.scores.observe_failure(machine.slot, self.edge.wheel.now)
         has_body = self.head.length != 0
         tried = (self.tried or set()) | {machine.record.id}
         others = any(one.record.id not in tried for one in port.service.running) or self.wakes == 0
@@ -892,6 +1001,9 @@ class Exchange:
         if self.health_wait is not None:
             self.health_wait.cancel()
             self.health_wait = None
+        if self.queue_ticket is not None:
+            self.queue_ticket.cancel()
+            self.queue_ticket = None
         if self.connecting is not None:
             self.connecting.cancel()
             self.connecting = None
@@ -911,9 +1023,15 @@ class Exchange:
             self.stream.resume_body()
 
     def _release_load(self) -> None:
-        if self.counted_slot >= 0:
-            self.edge.load.release(self.counted_slot)
-            self.counted_slot = -1
+        slot = self.counted_slot
+        if slot < 0:
+            return
+        self.counted_slot = -1
+        if self.counted_app < 0:
+            self.edge.load.release(slot)
+        else:
+            self.edge.load.release_fenced(slot)
+            self.edge.queue.freed(self.counted_app)
 
     def _end(self, close: bool) -> None:
         self._record()

@@ -95,7 +95,7 @@ class AppView:
     """An app, ready for requests."""
 
     __slots__ = (
-        "cells", "gate", "has_failures", "has_replayed", "machines", "name", "ports", "record", "services",
+        "avoided_until", "cells", "gate", "has_replayed", "machines", "name", "ports", "record", "services",
         "start_budget", "wake_filter",
     )  # fmt: skip
 
@@ -114,7 +114,9 @@ class AppView:
         self.cells = cells  # first of the app's counters in this worker's part of shared memory
         self.machines = machines
         self.services = [ServiceView(service, machines.values()) for service in record.services]
-        self.has_failures = any(machine.passive is not None for machine in machines.values())
+        # monotonic seconds until which some machine is avoided
+        passive = [one.passive.avoided_until for one in machines.values() if one.passive is not None]
+        self.avoided_until: float = max(passive, default=0.0)
         # its machines answer with fly-replay: bodies are worth keeping
         self.has_replayed: bool = old is not None and old.has_replayed
         self.ports: dict[int, PortView] = {}
@@ -133,7 +135,7 @@ class AppView:
         if machine.passive is None:
             machine.passive = PassiveHealth()
         machine.passive.failed(now)
-        self.has_failures = True
+        self.avoided_until = max(self.avoided_until, machine.passive.avoided_until)
 
     def without_failing(self, running: Sequence[MachineView], now: float) -> Sequence[MachineView]:
         """Those that requests have fared well with lately; all, if that is none."""
@@ -165,6 +167,7 @@ class Table:
         self._app_cells = app_cells
         self.apps: dict[AppName, AppView] = {}
         self.hosts: dict[str, AppView] = {}
+        self.on_moved: Callable[[int], None] = lambda slot: None  # what was measured of this slot's machine is over
         self.on_machine: Callable[[AppName, Machine], None] | None = None
         self.on_machine_gone: Callable[[MachineId], None] | None = None
         self._loading: set[AppName] | None = None
@@ -219,6 +222,7 @@ class Table:
         for machine_id, view in old.machines.items():
             if machine_id not in new.machines:
                 view.close_pools()
+                self.on_moved(view.slot)
                 if self.on_machine_gone is not None:
                     self.on_machine_gone(machine_id)
 
@@ -232,6 +236,7 @@ class Table:
                 del self.hosts[host]
         for machine_id, view in app.machines.items():
             view.close_pools()
+            self.on_moved(view.slot)
             if self.on_machine_gone is not None:
                 self.on_machine_gone(machine_id)
 
@@ -263,6 +268,7 @@ class Table:
         if moved:
             view.close_pools()
             view.passive = None
+            self.on_moved(machine.slot)
 
     def soft_cordon(self, name: AppName, machine_id: MachineId, on: bool) -> None:
         """Stop (or go on) choosing a machine, ahead of its next record."""

@@ -59,6 +59,7 @@ class Waker:
         self._hinted: dict[MachineId, float] = {}
         self._another: dict[AppName, float] = {}
         self._unwell: dict[AppName, set[HealthWait]] = {}
+        self.on_started: Callable[[int], None] = lambda app_slot: None  # a machine of this app may be chosen now
         table.on_machine = self._on_machine
         table.on_machine_gone = self._on_gone
 
@@ -120,13 +121,17 @@ class Waker:
         self._hinted[machine] = now
         self._link.send(Wake(app.record.name, machine, hint=True))
 
+    def may_start_another(self, app: AppView) -> bool:
+        """Whether the last start beside running machines of the app was long enough ago."""
+        return self._another.get(app.record.name, -ANOTHER_S) <= self._wheel.now - ANOTHER_S
+
     def start_another(self, app: AppView, service: ServiceView) -> None:
         """All that run are at their soft limit: have one more started beside them, once a second, for nobody to wait.
 
         Not while one is starting, or one just started has yet to pass its checks (spec routing §5.4, "recent").
         """
         now, name = self._wheel.now, app.record.name
-        if self._another.get(name, -ANOTHER_S) > now - ANOTHER_S:
+        if not self.may_start_another(app):
             return
         if len(self._another) > SOURCES_MAX:
             self._another.clear()
@@ -195,6 +200,9 @@ class Waker:
             self._end(machine.id, None)
         if app in self._unwell:
             self._look_for_health(app)
+        view = self._table.apps.get(app)
+        if view is not None and machine.state is MachineState.STARTED:
+            self.on_started(view.record.slot)
 
     def _on_gone(self, machine: MachineId) -> None:
         self._end(machine, None)  # whoever waited chooses again, by the new table

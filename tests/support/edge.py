@@ -139,7 +139,7 @@ class EdgeHarness:
         self.port = self.socket.getsockname()[1]
         self.edge = EdgeContext(
             loop, self.memory, 0, Settings(PROTOCOL, "n1", "ams", "apps.test", **settings), {80: self.port}, self.sent,
-            Path(self._spool.name),
+            Path(self._spool.name), lambda worker: None,
         )  # fmt: skip
         self.gate = Gate(1000)
         self.listener = Listener(self.edge, self.gate, 80, self.socket, None, None)  # type: ignore[arg-type]
