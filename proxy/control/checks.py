@@ -13,6 +13,7 @@ how it is got is check_client.py's.
 from __future__ import annotations
 
 import asyncio
+import functools
 import heapq
 import logging
 import random
@@ -60,7 +61,7 @@ class Watch:
     output: str = _NOT_YET
     updated_at: float = 0.0  # unix seconds of the last result
     ticket: int = 0  # of its one valid place in the heap or the queue; another one is out of date
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[Finding] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +115,8 @@ class Checks:
         for watched in self._watched.values():
             tasks += [watch.task for watch in watched.watches if watch.task is not None]
             self._leave_off(watched)
+        self._due.clear()
+        self._apps.clear()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._alarm is not None:
             self._alarm.close()
@@ -272,23 +275,27 @@ class Checks:
         app = self._app(watch)
         app.running += 1
         self._running += 1
-        watch.task = spawn(self._run(watch, app, watch.ticket), f"check {watch.of.machine.id}")
+        watch.task = spawn(self._run(watch), f"check {watch.of.machine.id}")
+        watch.task.add_done_callback(functools.partial(self._ended, watch, app, watch.ticket))
 
-    async def _run(self, watch: Watch, app: _AppChecks, ticket: int) -> None:
+    async def _run(self, watch: Watch) -> Finding:
         definition, machine = watch.definition, watch.of.machine
-        finding: Finding | None = None
         try:
-            finding = await self._client.check(definition.check, _target(machine, definition.port))
+            return await self._client.check(definition.check, _target(machine, definition.port))
         except Exception as error:  # a fault of ours must not end the check for ever
             log.exception("check %s of machine %s failed in an unforeseen way", definition.name, machine.id)
-            finding = Finding(False, f"{type(error).__name__}: {error}")
-        finally:
+            return Finding(False, f"{type(error).__name__}: {error}")
+
+    def _ended(self, watch: Watch, app: _AppChecks, ticket: int, task: asyncio.Task[Finding]) -> None:
+        """Called for every check that began, also for one that was cancelled before its first step."""
+        app.running -= 1
+        self._running -= 1
+        try:
             if watch.ticket == ticket:
                 watch.task = None
-            app.running -= 1
-            self._running -= 1
-            if finding is not None and watch.ticket == ticket:
-                self._heard(watch, finding)
+                if not task.cancelled():
+                    self._heard(watch, task.result())
+        finally:
             self._next_of(watch.of.plan.name, app)
             self._set_alarm()
 

@@ -565,3 +565,50 @@ async def test_metrics_tell_of_each_check_whether_it_passes(health: Health) -> N
         if line.startswith("wakefront_check_passing{")
     }
     assert found == {"servicecheck-00-http-8080": "1.0", "alive": "1.0", "bad": "0.0", "new": "0.0"}
+
+
+# --- all of it together
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_machines_do_what_is_told_of_them_comes_right_in_the_end(health: Health, seed: int) -> None:
+    rig, rng, count = health.rig, random.Random(seed), 4
+    quick = dataclasses.replace(HTTP, interval_s=1.0, timeout_s=1.0, grace_period_s=1.0)
+    group = GroupPlan("app", ("serve",), count)
+    await rig.load(a_checked_app("web", checked(quick, TCP), groups=(group,), wake_timeout_s=20.0))
+    machines = [rig.machine("web", index) for index in range(count)]
+    peers = [await health.peer(machine) for machine in machines]
+    for _ in range(80):
+        place = rng.randrange(count)
+        machine, peer = machines[place], peers[place]
+        is_free = machine.flight is None and machine.ending is None
+        what = rng.choice(["wake", "wake", "stop", "suspend", "exit", "ill", "well", "hang", "time", "time"])
+        if what == "wake":
+            rig.fleet.wake(machine.id, "user")
+        elif what == "stop":
+            rig.fleet.stop(machine, "user")
+        elif what == "suspend" and machine.state is MachineState.STARTED and is_free:
+            rig.fleet.suspend(machine, "user")
+        elif what == "exit" and rig.host.is_running(machine.id):
+            rig.host.end(machine.id, Exit(code=0))
+        elif what in ("ill", "well"):
+            peer.status, peer.hangs = (500 if what == "ill" else 200), False
+        elif what == "hang":
+            peer.hangs = True
+        else:
+            await rig.clock.advance(rng.choice([0.0, 0.05, 0.5, 3.0]))  # type: ignore[attr-defined]  # a FakeClock
+        if rng.random() < 0.3:
+            await asyncio.sleep(0.002)
+    for place, peer in enumerate(peers):
+        peer.status, peer.hangs = (500 if place % 2 else 200), False
+    for _ in range(2):  # a first one may join a start that was cut short
+        for machine in machines:
+            rig.fleet.wake(machine.id, "user")
+        await health.pass_time(25.0)
+    assert [machine.state for machine in machines] == [MachineState.STARTED] * count
+    assert [machine.record().failing_ports for machine in machines] == [(), (8080,)] * (count // 2)
+    last = {one.id: one for one in rig.published}
+    assert [last[machine.id] for machine in machines] == [machine.record() for machine in machines]
+    await asyncio.wait_for(health.checks.settle(), SOON_S)
+    assert health.checks._running == 0 and not health.checks._apps
