@@ -10,13 +10,16 @@ import dataclasses
 import enum
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from proxy.cli.failure import USAGE
 from proxy.cli.output import print_json
 from proxy.config import AppConfig, LoadResult, NodeConfig, load, load_fly_toml
+from proxy.decide.autostop import WarmHours
 from proxy.machines import volumes
 from proxy.machines.driver import DriverError, Mount
+from proxy.model import AccessRules, AppLimits, WakeRules
 from proxy.wire.fly_keys import KeyClass, KeyUse
 from proxy.wire.fly_toml import FlyToml, KillSignal
 from proxy.wire.toml_table import Fault, Severity
@@ -28,7 +31,7 @@ Report = dict[str, Any]  # JSON, so anything
 
 
 def run_check(config: str | os.PathLike[str] | None, fly_tomls: Sequence[str | os.PathLike[str]], as_json: bool) -> int:
-    """Check a config.toml, or fly.toml files by themselves, or both; print it. 0 = nothing is an error, else 1."""
+    """Check a config.toml, or fly.toml files by themselves, or both; print it. 0, or USAGE if there is an error."""
     node = report(load(config)) if config is not None else None
     files = [report_fly_toml(path) for path in fly_tomls]
     if as_json:
@@ -41,7 +44,7 @@ def run_check(config: str | os.PathLike[str] | None, fly_tomls: Sequence[str | o
             render(node, console)
         if files:
             render_fly_tomls(files, console)
-    return 0 if all(one["ok"] for one in (node, *files) if one is not None) else 1
+    return 0 if all(one["ok"] for one in (node, *files) if one is not None) else USAGE
 
 
 def report(result: LoadResult) -> Report:
@@ -105,6 +108,21 @@ def plain(value: object) -> Any:
     return value
 
 
+def whole(value: AccessRules | WakeRules) -> Report:
+    """Rules with every field, set or not."""
+    return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
+def _warm(hours: WarmHours) -> str:
+    """Warm hours as they are written in config.toml, the days in full."""
+    days = ",".join(_DAYS[day] for day in hours.days)
+    begin, end = (f"{minute // 60:02}:{minute % 60:02}" for minute in (hours.begin, hours.end))
+    return f"{days} {begin}-{end} {hours.zone}"
+
+
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
+
 def _app(app: AppConfig) -> Report:
     fly = normalised(app.fly)
     for name in ("app", "processes", "groups", "mounts", "restarts", "env"):
@@ -122,6 +140,20 @@ def _app(app: AppConfig) -> Report:
         "wake_timeout_s": app.wake_timeout_s,
         "idle_timeout_s": app.idle_timeout_s,
         "limits": plain(app.limits),
+        "balance": app.balance.value,
+        "sticky": plain(app.sticky) if app.sticky is not None else None,
+        "access": whole(app.access),
+        "wake_rules": whole(app.wake_rules),
+        "organization": app.organization,
+        "replay_sources": list(app.replay_sources),
+        "keep_bodies": app.keep_bodies,
+        "autostop": {
+            "interval_s": app.autostop_interval_s,
+            "at_once": app.autostop_at_once,
+            "busy": app.busy,
+            "warm_hours": [_warm(one) for one in app.warm_hours],
+        },
+        "restart_on_failing_checks_s": app.restart_on_failing_checks_s,
         "groups": [plain(group) for group in app.groups],
         "machines": plain(app.machines),
         **fly,
@@ -232,6 +264,8 @@ def _render_app(app: Report, console: Console) -> None:
     for check in app.get("checks", ()):
         target = f"port {check['port']}" if "port" in check else "the service's port"
         _put(console, f"    {'check':9} {check['name']}: {_check(check['check'])} on {target}")
+    for name, said in _settings(app):
+        _put(console, f"    {name:9} {said}")
     for group in app["groups"]:
         if app["driver"] == "process":
             command = " ".join(group.get("command", ())) or "no command"
@@ -241,6 +275,72 @@ def _render_app(app: Report, console: Console) -> None:
     for machine in app["machines"]:
         _put(console, f"    {'machine':9} {machine['id']} at {_address(machine['host'], machine['port'])}")
     _render_keys(app["keys"], console, "    ")
+
+
+def _settings(app: Report) -> Iterator[tuple[str, str]]:
+    """A line for each of the app's settings that is not as it would be without config.toml."""
+    limits, default = app["limits"], plain(AppLimits())
+    if app["balance"] != "fly":
+        yield "balance", app["balance"]
+    has_hard_limit = any("hard_limit" in service for service in app.get("services", ()))
+    if has_hard_limit or any(limits[key] != default[key] for key in ("queue_timeout_s", "max_queued")):
+        queued = f"{_plural(limits['max_queued'], 'request')} a worker, each {limits['queue_timeout_s']:g} s at most"
+        yield "queue", queued
+    if app["sticky"] is not None:
+        yield "sticky", f"cookie {app['sticky']['name']} for {app['sticky']['ttl_s']:g} s"
+    if access := _access(app["access"]):
+        yield "access", access
+    if rules := _wake_rules(app["wake_rules"]):
+        yield "wake", rules
+    replay = [f"organization {app['organization']}"] if app["organization"] != "personal" else []
+    replay += [f"from {', '.join(app['replay_sources'])} too"] if app["replay_sources"] else []
+    for key, of in (("replay_memory_bytes", "in memory"), ("replay_spool_bytes", "in a file")):
+        replay += [f"{limits[key]} bytes {of}"] if limits[key] != default[key] else []
+    replay += ["bodies kept from the first request on"] if app["keep_bodies"] else []
+    if replay:
+        yield "replay", "; ".join(replay)
+    if stops := _stops(app["autostop"]):
+        yield "autostop", stops
+    if app["restart_on_failing_checks_s"]:
+        yield "restart", f"after {app['restart_on_failing_checks_s']:g} s of failing checks"
+
+
+def _access(rules: Report) -> str:
+    said = [f"{name} {_some(rules[name])}" for name in ("allow", "deny") if rules[name]]
+    if (rate := rules["requests_per_s"]) is not None:
+        said.append(f"{rate:g} requests a second, {rules['requests_burst']} at once")
+    if (number := rules["connections"]) is not None:
+        said.append(_plural(number, "connection"))
+    if (rate := rules["handshakes_per_s"]) is not None:
+        said.append(f"{rate:g} handshakes a second")
+    if (size := rules["max_body_bytes"]) is not None:
+        said.append(f"bodies of {size} bytes at most")
+    return "; ".join(said)
+
+
+def _wake_rules(rules: Report) -> str:
+    kinds = ("paths", "methods", "agents", "sources")
+    said = [f"not by {kind} {_some(rules[f'ignore_{kind}'])}" for kind in kinds if rules[f"ignore_{kind}"]]
+    for key, of in (("starts_per_source_s", "one source"), ("starts_per_s", "all sources")):
+        if (rate := rules[key]) is not None:
+            said.append(f"{rate:g} starts a second by {of}")
+    if rules["waiting_page"]:
+        said.append("waiting page")
+    return "; ".join(said)
+
+
+def _stops(autostop: Report) -> str:
+    said = [f"every {autostop['interval_s']:g} s"] if autostop["interval_s"] is not None else []
+    said += [f"{autostop['at_once']} at once"] if autostop["at_once"] != 1 else []
+    said += [f"unless {autostop['busy']} says busy"] if autostop["busy"] is not None else []
+    said += [f"one is kept in {hours}" for hours in autostop["warm_hours"]]
+    return "; ".join(said)
+
+
+def _some(values: Sequence[str]) -> str:
+    """A few values, and how many more there are."""
+    more = f" and {len(values) - 4} more" if len(values) > 4 else ""
+    return ", ".join(values[:4]) + more
 
 
 def _render_services(services: Iterable[Report], console: Console) -> None:

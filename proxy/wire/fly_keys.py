@@ -37,14 +37,12 @@ class KeyUse:
 
 USED: Final = ""  # anything else in the table below is the reason why a key is only kept
 
-_CHECK = "health checks are not run yet"
 _DEPLOY = "there are no deploys yet"
 _HTTP2 = "HTTP/2 is not spoken yet"
 _IMAGE = "machines are commands of this host, not images"
 _LEGACY = "an old key that Fly ignores too"
 _METRICS = "metrics of apps are not scraped yet"
 _OVERSUBSCRIBE = "machines are not refused work at a hard limit yet"
-_REPLAY = "replay is not followed yet"
 _STATICS = "the app answers for its static files itself"
 _TESTS = "machine checks belong to deploys, which there are none of yet"
 _VM = "machines are processes: their size is not limited yet"
@@ -73,29 +71,30 @@ _HTTP_OPTIONS: Final = {
     "http_options.compress": "answers are passed on as the app encodes them",
     "http_options.response.pristine": USED,
     "http_options.response.headers.*": USED,
-    "http_options.replay_cache.path_prefix": _REPLAY,
-    "http_options.replay_cache.ttl_seconds": _REPLAY,
-    "http_options.replay_cache.type": _REPLAY,
-    "http_options.replay_cache.name": _REPLAY,
-    "http_options.replay_cache.allow_bypass": _REPLAY,
+    "http_options.replay_cache.path_prefix": USED,
+    "http_options.replay_cache.ttl_seconds": USED,
+    "http_options.replay_cache.type": USED,
+    "http_options.replay_cache.name": USED,
+    "http_options.replay_cache.allow_bypass": USED,
 }
 _TCP_CHECK: Final = {
-    "interval": _CHECK,
-    "timeout": _CHECK,
-    "grace_period": _CHECK,
+    "interval": USED,
+    "timeout": USED,
+    "grace_period": USED,
     "restart_limit": _LEGACY,
-    "type": _CHECK,
-    "port": _CHECK,
-    "processes": _CHECK,
+    "type": "the section says which kind of check it is",
+    "port": "a service is checked at its internal port",
+    "processes": "every group that has the service is checked",
 }
 _HTTP_CHECK: Final = _TCP_CHECK | {
-    "method": _CHECK,
-    "path": _CHECK,
-    "protocol": _CHECK,
-    "tls_skip_verify": _CHECK,
-    "tls_server_name": _CHECK,
-    "headers.*": _CHECK,
+    "method": USED,
+    "path": USED,
+    "protocol": USED,
+    "tls_skip_verify": USED,
+    "tls_server_name": USED,
+    "headers.*": USED,
 }
+_NAMED_CHECK: Final = _HTTP_CHECK | {"type": USED, "port": USED, "processes": USED}
 _MACHINE_CHECK: Final = {
     "command": _TESTS,
     "entrypoint": _TESTS,
@@ -168,7 +167,7 @@ KEYS: Final[dict[str, str]] = {
     **_under("services.ports", _TLS_OPTIONS),
     **_under("services.ports", _HTTP_OPTIONS),
     "services.ports.proxy_proto_options.version": "the PROXY protocol is not spoken to machines yet",
-    **_under("checks.*", _HTTP_CHECK),
+    **_under("checks.*", _NAMED_CHECK),
     **{f"vm.{key}": _VM for key in _VM_KEYS},
     "mounts.source": USED,
     "mounts.destination": USED,

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypedDict
 
-from proxy.model import Autostop, Check, ConcurrencyType, Port, RestartPolicy, Service
+from proxy.model import Autostop, Check, ConcurrencyType, Port, ReplayCacheRule, RestartPolicy, Service
 from proxy.wire.fly_keys import KeyClass, KeyUse, classify_keys
 from proxy.wire.toml_table import Fault, KeyPath, Reader, Severity, Table, render_path, scalar_text, suggest
 
@@ -447,6 +447,8 @@ class _FlyTomlReader:
                 table.error("concurrency", 'expected a table, or "SOFT,HARD" as in old files')
                 return ConcurrencyType.CONNECTIONS, 20, None
             soft, hard = int(found[1]), int(found[2])
+            if 0 < hard < soft:
+                table.warn("concurrency", f"the soft limit is above the hard limit {hard} and never reached")
             return ConcurrencyType.REQUESTS, soft or 20, hard or None
         below = table.table("concurrency")
         if below is None:
@@ -529,8 +531,8 @@ class _FlyTomlReader:
             if (response := http.table("response")) is not None:
                 options["pristine"] = response.flag("pristine")
                 options["response_headers"] = self._response_headers(response)
-            for cache in http.tables("replay_cache"):
-                self._check_replay_cache(cache)
+            rules = [self._replay_cache(one) for one in http.tables("replay_cache")]
+            options["replay_cache"] = tuple(rule for rule in rules if rule is not None)
         return options
 
     def _tls_versions(self, table: Table) -> tuple[str, ...]:
@@ -565,15 +567,28 @@ class _FlyTomlReader:
                 headers.append((name, lines))
         return tuple(headers)
 
-    def _check_replay_cache(self, table: Table) -> None:
-        if table.text("path_prefix") is None:
-            table.warn("path_prefix", "expected the path prefix whose replays are cached")
+    def _replay_cache(self, table: Table) -> ReplayCacheRule | None:
+        """A rule, or None with a warning: a cache left out costs time only, one read wrong leads requests astray."""
+        prefix, kind, name = (
+            table.text("path_prefix"),
+            table.text("type", choices=("cookie", "header")),
+            table.text("name"),
+        )
+        if prefix is None or not _CACHE_PREFIX.fullmatch(prefix):
+            table.warn("path_prefix", 'expected the path prefix whose replays are cached, such as "/" or "host/path"')
+            prefix = None
+        if kind is None and "type" not in table:
+            table.warn("type", 'expected "cookie" or "header"')
+        if name is None or not _HEADER_NAME.fullmatch(name):
+            table.warn("name", "expected the name of the cookie or header that tells sessions apart")
+            name = None
         seconds = table.integer("ttl_seconds", 0, 2**32 - 1)
         if seconds is None or seconds < 10:
-            table.warn("ttl_seconds", "expected at least 10")
-        table.text("type", choices=("cookie", "header"))
-        table.text("name")
-        table.flag("allow_bypass")
+            table.warn("ttl_seconds", "expected at least 10; 10 is taken")
+        may_bypass = table.flag("allow_bypass")
+        if prefix is None or kind is None or name is None:
+            return None
+        return ReplayCacheRule(prefix, max(10, seconds or 0), kind, name, may_bypass)
 
     def _note_ports(self, service: Service, paths: list[KeyPath], seen: list[tuple[str, Port, KeyPath]]) -> None:
         """Warn of a public port that an earlier port of the same protocol already has: the first is served."""
@@ -856,10 +871,14 @@ class _PortOptions(TypedDict, total=False):
     h2_backend: bool
     compress: bool
     pristine: bool
+    replay_cache: tuple[ReplayCacheRule, ...]
     response_headers: tuple[tuple[str, tuple[str, ...] | None], ...]
 
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}")
+_CACHE_PREFIX = re.compile(
+    r"[A-Za-z0-9.-]*/(?:[!\"$-)+-.0->@-~]+/)*(?:[!\"$-)+-.0->@-~]+|\*)?"
+)  # [host]/path or [host]/path/*
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\U0010ffff]*")
 
 

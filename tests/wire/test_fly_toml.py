@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.cli.check import report_fly_toml
-from proxy.model import Autostop, ConcurrencyType, RestartPolicy
+from proxy.decide.replay_key import split_pattern
+from proxy.model import Autostop, ConcurrencyType, ReplayCacheRule, RestartPolicy
 from proxy.wire.fly_keys import ALIASES, KEYS, RAW_PORT, UDP_SERVICE, KeyClass, classify_keys
 from proxy.wire.fly_toml import FlyToml, FlyTomlResult, read_fly_toml
 from proxy.wire.toml_table import Severity, render_path
@@ -189,6 +190,68 @@ def test_response_headers_are_removed_set_or_set_many_times() -> None:
 
 
 # --- process groups
+
+
+def cache_rules(**changes: object) -> tuple[ReplayCacheRule, ...]:
+    keys = {"path_prefix": "/", "ttl_seconds": 60, "type": "cookie", "name": "session"} | changes
+    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items() if value is not None)
+    return valid(f"[[http_service.http_options.replay_cache]]\n{lines}").services[0].ports[0].replay_cache
+
+
+def test_replay_caches_reach_the_ports_of_their_service() -> None:
+    assert cache_rules() == (ReplayCacheRule("/", 60, "cookie", "session"),)
+    assert cache_rules(path_prefix="a.example/b/*", type="header", allow_bypass=True) == (
+        ReplayCacheRule("a.example/b/*", 60, "header", "session", True),
+    )
+    two = "[[services]]\n[[services.ports]]\nport = 80\nhandlers = ['http']\n" + (
+        "[[services.ports.http_options.replay_cache]]\npath_prefix = '/{}'\nttl_seconds = 10\ntype = 'cookie'\n"
+        "name = 'n'\n"
+    )
+    (port,) = valid(two.format("a") + two.partition("['http']\n")[2].format("b")).services[0].ports
+    assert [rule.path_prefix for rule in port.replay_cache] == ["/a", "/b"]
+
+
+def test_a_replay_cache_keeps_for_ten_seconds_at_least() -> None:
+    assert cache_rules(ttl_seconds=3)[0].ttl_s == cache_rules(ttl_seconds=None)[0].ttl_s == 10
+    cache = "[[http_service.http_options.replay_cache]]\nttl_seconds = 3"
+    assert "10 is taken" in faults(cache)["http_service.http_options.replay_cache[0].ttl_seconds"]
+
+
+@pytest.mark.parametrize("key", ["path_prefix", "type", "name"])
+def test_a_replay_cache_that_lacks_something_is_left_out_with_a_warning(key: str) -> None:
+    assert cache_rules(**{key: None}) == ()
+    cache = "[[http_service.http_options.replay_cache]]\nttl_seconds = 30"
+    assert f"http_service.http_options.replay_cache[0].{key}" in faults(cache)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "a", "host", "/a?b", "/a#b", "//a", "/a//b", "/*/b", "/a*", "/é", "a b/", "h:80/"]
+)
+def test_what_is_no_path_prefix_is_left_out(prefix: str) -> None:
+    assert cache_rules(path_prefix=prefix) == ()
+
+
+@pytest.mark.parametrize(
+    "prefix", ["/", "/*", "/a", "/a/", "/a/*", "/a/b", "h.example/", "h.example/a-b/c.d", "/%61@b"]
+)
+def test_a_path_prefix_that_is_taken_is_one_that_the_cache_reads(prefix: str) -> None:
+    assert cache_rules(path_prefix=prefix)[0].path_prefix == prefix
+    assert split_pattern(prefix.encode()) is not None
+
+
+def test_a_soft_limit_above_the_hard_limit_is_a_warning_in_both_forms() -> None:
+    assert (
+        "hard limit 5"
+        in faults("[http_service.concurrency]\nsoft_limit = 6\nhard_limit = 5")["http_service.concurrency.soft_limit"]
+    )
+    assert "hard limit 5" in faults("[[services]]\ninternal_port = 80\nconcurrency = '6,5'")["services[0].concurrency"]
+
+
+def test_the_kind_of_a_services_check_is_said_by_its_section() -> None:
+    text = "[[http_service.checks]]\ntype = 'http'\npath = '/'\n[checks.a]\ntype = 'tcp'\nport = 1"
+    uses = {key.key: key.use for key in classify_keys(tomli.loads(text))}
+    assert uses["http_service.checks[0].type"] is KeyClass.KEPT
+    assert {uses["http_service.checks[0].path"], uses["checks.a.type"], uses["checks.a.port"]} == {KeyClass.USED}
 
 
 def test_the_default_group_is_app_else_the_first_by_name() -> None:
