@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 
 from proxy import config as config_module
 from proxy.config import AppConfig, Host, LoadResult, NodeConfig, load, plan
+from proxy.control.plan import keep_plan, kept_plan, plan_of
 from proxy.ipc import Settings
-from proxy.model import AppLimits, Endpoint, RestartPolicy, WakeOn
+from proxy.model import (
+    AccessRules,
+    AppLimits,
+    Balance,
+    Endpoint,
+    RestartPolicy,
+    StickyCookie,
+    WakeOn,
+    WakeRules,
+)
 from proxy.process import ListenAddress
 from proxy.wire.fly_keys import KEYS, USED
 
@@ -356,6 +366,183 @@ def test_a_static_app_needs_machines_with_id_and_address(node: Node) -> None:
 def test_machines_are_only_for_the_static_driver(node: Node) -> None:
     text = APP + '[[apps.machines]]\nid = "a"\naddress = "127.0.0.1:1"\n'
     assert node.errors(text).keys() == {"apps[0].machines"}
+
+
+# --- which machine, who may ask, and what wakes
+
+EVERYTHING = """\
+balance = "peak-ewma"
+sticky = { name = "s", ttl = "1h" }
+queue_timeout = "2s"
+max_queued = 7
+organization = "acme"
+replay_sources = ["personal", "other", "other"]
+keep_bodies = true
+replay_memory = 2048
+replay_spool = 4096
+restart_on_failing_checks = "90s"
+autostop_interval = "1m"
+autostop_at_once = 3
+busy = "/busy?now"
+warm_hours = ["mon-fri 08:00-18:00 Europe/Amsterdam", "sat,sun 22:00-02:00"]
+[apps.access]
+allow = ["192.0.2.0/24", "2001:db8::1"]
+deny = ["198.51.100.0/24"]
+requests_per_second = 2.5
+requests_burst = 9
+connections = 3
+handshakes_per_second = 4
+max_body = 1000
+[apps.wake_rules]
+ignore_paths = ["/wp-*", "*.php"]
+ignore_methods = ["head"]
+ignore_agents = ["bot"]
+ignore_sources = ["203.0.113.0/24"]
+starts_per_source = 0.5
+starts = 4
+waiting_page = true
+"""
+
+
+def test_every_setting_of_an_app_reaches_its_plan(node: Node) -> None:
+    (app,) = plan_of(node.good(APP + EVERYTHING)).apps
+    assert (app.balance, app.sticky) == (Balance.PEAK_EWMA, StickyCookie("s", 3600.0))
+    assert app.limits == AppLimits(queue_timeout_s=2.0, max_queued=7, replay_memory_bytes=2048, replay_spool_bytes=4096)
+    assert (app.organization, app.replay_sources, app.keeps_bodies) == ("acme", ("personal", "other"), True)
+    assert (app.restart_on_checks, app.autostop_interval_s, app.autostop_at_once) == (90.0, 60.0, 3)
+    assert (app.busy, [hours.zone for hours in app.warm_hours]) == ("/busy?now", ["Europe/Amsterdam", "UTC"])
+    assert app.access == AccessRules(
+        ("192.0.2.0/24", "2001:db8::1"), ("198.51.100.0/24",), 2.5, 9, connections=3, handshakes_per_s=4.0,
+        max_body_bytes=1000,
+    )  # fmt: skip
+    assert app.wake_rules == WakeRules(
+        ("/wp-*", "*.php"), ("HEAD",), ("bot",), ("203.0.113.0/24",), 0.5, 4.0, waiting_page=True
+    )
+
+
+def test_a_plan_with_every_setting_comes_back_as_it_was_kept(node: Node) -> None:
+    made = plan_of(node.good(APP + EVERYTHING))
+    keep_plan(str(node.folder / "plan"), made)
+    assert kept_plan(str(node.folder / "plan")) == made
+
+
+def test_without_settings_an_app_is_open_and_balanced_as_fly_does(node: Node) -> None:
+    (app,) = plan_of(node.good(APP)).apps
+    assert app.balance is Balance.FLY and app.sticky is None
+    assert app.access.is_open and app.wake_rules == WakeRules() and app.limits == AppLimits()
+
+
+def test_sticky_is_a_flag_or_a_table(node: Node) -> None:
+    assert node.app("sticky = true").sticky == StickyCookie()
+    assert node.app("sticky = {}").sticky == StickyCookie()
+    assert node.app("sticky = false").sticky is None
+    assert node.app('sticky = { ttl = "1m" }').sticky == StickyCookie(ttl_s=60.0)
+    assert node.errors(APP + 'sticky = "yes"').keys() == {"apps[0].sticky"}
+
+
+@pytest.mark.parametrize(
+    "line", ['balance = "fastest"', "queue_timeout = -1", "max_queued = -1", 'organization = "A B"',
+             'replay_sources = ["a/b"]', "keep_bodies = 1", "replay_memory = -1", "replay_spool = 0.5",
+             'sticky.name = "a=b"', 'sticky.ttl = "0"', "sticky.tll = 1", "autostop_at_once = 0",
+             'autostop_interval = "0"', 'busy = "busy"', 'busy = "/a b"', 'restart_on_failing_checks = "soon"',
+             'access.allow = ["10.0.0.1/8"]', 'access.deny = ["host"]', "access.requests_per_second = -1",
+             "access.connections = 0", "access.requests_burst = 0", "access.max_body = -1", "access.alow = []",
+             'wake_rules.ignore_paths = ["wp"]', 'wake_rules.ignore_methods = ["A B"]',
+             'wake_rules.ignore_agents = [""]', 'wake_rules.ignore_sources = ["x"]', "wake_rules.starts = true",
+             "wake_rules.waiting_page = 1", 'warm_hours = ["weekdays"]', 'warm_hours = ["mon 8:00-9:00 Mars/Base"]'],
+)  # fmt: skip
+def test_a_wrong_setting_of_an_app_is_refused_at_its_key(node: Node, line: str) -> None:
+    assert node.errors(APP + line).keys() == {f"apps[0].{line.split(' ')[0]}"}
+
+
+def test_all_faults_of_settings_come_at_once(node: Node) -> None:
+    found = node.errors(APP + 'balance = "x"\nbusy = "x"\naccess = { deny = ["x"] }\nwake_rules = { starts = "x" }\n')
+    assert found.keys() == {
+        "apps[0].balance", "apps[0].busy", "apps[0].access.deny", "apps[0].wake_rules.starts"
+    }  # fmt: skip
+
+
+def test_a_zone_misspelt_comes_with_the_likely_one(node: Node) -> None:
+    (fault,) = node.load(APP + 'warm_hours = ["daily 8:00-9:00 Europe/Amsterdm"]').errors
+    assert fault.did_you_mean == "Europe/Amsterdam"
+
+
+def test_networks_of_a_file_are_allowed_too(node: Node) -> None:
+    (node.folder / "cdn.txt").write_text("# the CDN\n192.0.2.0/24\n\n2001:db8::/32 # and this\n")
+    app = node.app('access = { allow = ["10.0.0.0/8"], allow_from_file = "cdn.txt" }')
+    assert app.access.allow == ("10.0.0.0/8", "192.0.2.0/24", "2001:db8::/32")
+
+
+def test_faults_of_a_list_of_networks_come_with_its_own_file_and_lines(node: Node) -> None:
+    (node.folder / "cdn.txt").write_text("192.0.2.0/24\nnone\n10.0.0.1/8\n")
+    faults = node.load(APP + 'access.allow_from_file = "cdn.txt"').errors
+    assert [(fault.file, fault.line, fault.source_line) for fault in faults] == [
+        (str(node.folder / "cdn.txt"), 2, "none"),
+        (str(node.folder / "cdn.txt"), 3, "10.0.0.1/8"),
+    ]
+
+
+def test_a_list_of_networks_that_would_let_everyone_in_is_refused(node: Node) -> None:
+    key = "apps[0].access.allow_from_file"
+    line = APP + 'access.allow_from_file = "cdn.txt"'
+    assert "No such file" in node.errors(line)[key]
+    (node.folder / "cdn.txt").write_text("# nothing left\n")
+    assert "everyone would be let in" in node.errors(line)[key]
+    (node.folder / "cdn.txt").write_bytes(b"\xff")
+    assert "not UTF-8" in node.errors(line)[key]
+    (node.folder / "cdn.txt").write_text("\n" * (16 << 20) + "\n")
+    assert "16 MB" in node.errors(line)[key]
+
+
+AUTOSTOP = 'app = "shop"\n[http_service]\nauto_stop_machines = "stop"\n'
+
+
+def test_what_only_matters_where_machines_stop_is_a_warning_elsewhere(node: Node) -> None:
+    lines = 'busy = "/busy"\nwarm_hours = ["daily 8:00-9:00"]\nautostop_interval = "1m"\nautostop_at_once = 2\n'
+    keys = {"apps[0].busy", "apps[0].warm_hours", "apps[0].autostop_interval", "apps[0].autostop_at_once"}
+    assert keys <= node.warnings(APP + lines).keys()
+    node.fly(AUTOSTOP)
+    assert not keys & node.warnings(APP + 'command = "python3"\n' + lines).keys()
+
+
+def test_what_only_matters_between_machines_is_a_warning_for_one(node: Node) -> None:
+    lines = 'sticky = true\nbalance = "least-loaded"\n'
+    keys = {"apps[0].sticky", "apps[0].balance"}
+    assert keys <= node.warnings(APP + lines).keys()
+    assert not keys & node.warnings(APP + "count = 2\n" + lines).keys()
+    assert keys <= node.warnings(APP + "count = { web = 1, worker = 5 }\n" + lines).keys()
+
+
+def test_a_restart_for_checks_that_are_not_there_is_a_warning(node: Node) -> None:
+    line = APP + 'restart_on_failing_checks = "1m"\n'
+    assert "apps[0].restart_on_failing_checks" in node.warnings(line)
+    node.fly(FLY.replace("[[mounts]]", '[[http_service.checks]]\npath = "/"\n[[mounts]]'))
+    assert "apps[0].restart_on_failing_checks" not in node.warnings(line)
+
+
+def test_rules_that_no_request_can_pass_are_a_warning(node: Node) -> None:
+    found = node.warnings(APP + "access = { requests_per_second = 0, handshakes_per_second = 0.0 }\n")
+    assert {"apps[0].access.requests_per_second", "apps[0].access.handshakes_per_second"} <= found.keys()
+    assert "apps[0].wake_rules.starts" in node.warnings(APP + "wake_rules.starts = 0\n")
+    assert "apps[0].access.requests_burst" in node.warnings(APP + "access.requests_burst = 5\n")
+    assert "apps[0].keep_bodies" in node.warnings(APP + "keep_bodies = true\nreplay_spool = 0\n")
+
+
+@pytest.mark.parametrize(
+    ("allow", "deny", "is_told"),
+    [("10.1.0.0/16", "10.0.0.0/8", True), ("10.0.0.0/8", "10.0.0.0/16", False), ("10.0.0.1", "10.0.0.1", True),
+     ("2001:db8::/48", "2001:db8::/32", True), ("10.0.0.0/8", "::/0", False)],
+)  # fmt: skip
+def test_an_allowed_network_that_is_denied_whole_is_a_warning(node: Node, allow: str, deny: str, is_told: bool) -> None:
+    found = node.warnings(APP + f'access = {{ allow = ["{allow}"], deny = ["{deny}"] }}\n')
+    assert ("apps[0].access.deny" in found) == is_told
+
+
+def test_rules_that_a_client_hello_does_not_know_of_ask_for_whole_requests(node: Node) -> None:
+    key = "apps[0].wake_rules.ignore_paths"
+    assert key in node.warnings(APP + 'wake_rules.ignore_paths = ["/wp-*"]\n')
+    assert key not in node.warnings(APP + 'wake_on = "request"\nwake_rules.ignore_paths = ["/wp-*"]\n')
+    assert "apps[0].wake_rules" in node.warnings(STATIC.replace("[[apps.m", "wake_rules.starts = 1\n[[apps.m"))
 
 
 # --- warnings

@@ -42,7 +42,6 @@ _HTTP2 = "HTTP/2 is not spoken yet"
 _IMAGE = "machines are commands of this host, not images"
 _LEGACY = "an old key that Fly ignores too"
 _METRICS = "metrics of apps are not scraped yet"
-_OVERSUBSCRIBE = "machines are not refused work at a hard limit yet"
 _STATICS = "the app answers for its static files itself"
 _TESTS = "machine checks belong to deploys, which there are none of yet"
 _VM = "machines are processes: their size is not limited yet"
@@ -57,7 +56,7 @@ _SERVICE: Final = {
     "concurrency": USED,  # the old form "soft,hard"
     "concurrency.type": USED,
     "concurrency.soft_limit": USED,
-    "concurrency.hard_limit": _OVERSUBSCRIBE,
+    "concurrency.hard_limit": USED,
 }
 _TLS_OPTIONS: Final = {
     "tls_options.alpn": _HTTP2,

@@ -149,6 +149,62 @@ def test_people_read_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) 
         assert part in text, text
 
 
+SETTINGS = """\
+balance = "peak-ewma"
+count = 2
+sticky = { name = "s", ttl = "1h" }
+queue_timeout = "2s"
+max_queued = 1
+organization = "acme"
+replay_sources = ["personal"]
+replay_memory = 2048
+keep_bodies = true
+restart_on_failing_checks = "90s"
+autostop_interval = "1m"
+autostop_at_once = 3
+busy = "/busy"
+warm_hours = ["mon-wed 8:00-18:30 Europe/Amsterdam"]
+access = { allow = ["10.1.0.0/16", "10.2.0.0/16", "10.3.0.0/16", "10.4.0.0/16", "10.5.0.0/16"], \
+deny = ["10.1.1.0/24"], requests_per_second = 2.5, connections = 1, handshakes_per_second = 4, max_body = 10 }
+wake_rules = { ignore_paths = ["/wp-*"], starts_per_source = 0.5, starts = 4, waiting_page = true }
+[apps.env]
+"""
+
+
+def test_settings_of_an_app_are_shown_where_they_are_not_the_default(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "config.toml").write_text(CONFIG.replace("[apps.env]\n", SETTINGS.replace("\\\n", "")))
+    status, text = as_text(capsys, "config.toml", [])
+    assert status == 0, text
+    for line in (
+        "balance   peak-ewma",
+        "queue     1 request a worker, each 2 s at most",
+        "sticky    cookie s for 3600 s",
+        "access    allow 10.1.0.0/16, 10.2.0.0/16, 10.3.0.0/16, 10.4.0.0/16 and 1 more; deny 10.1.1.0/24; "
+        "2.5 requests a second, 20 at once; 1 connection; 4 handshakes a second; bodies of 10 bytes at most",
+        "wake      not by paths /wp-*; 0.5 starts a second by one source; 4 starts a second by all sources; "
+        "waiting page",
+        "replay    organization acme; from personal too; 2048 bytes in memory; bodies kept from the first request on",
+        "autostop  every 60 s; 3 at once; unless /busy says busy; "
+        "one is kept in mon,tue,wed 08:00-18:30 Europe/Amsterdam",
+        "restart   after 90 s of failing checks",
+    ):
+        assert f"    {line}\n" in text, text
+
+
+def test_json_has_every_setting_set_or_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (app,) = as_json(capsys, "config.toml", [])[1]["apps"]
+    assert (app["balance"], app["sticky"], app["organization"], app["replay_sources"]) == ("fly", None, "personal", [])
+    assert app["keep_bodies"] is False and app["restart_on_failing_checks_s"] == 0.0
+    assert app["autostop"] == {"interval_s": None, "at_once": 1, "busy": None, "warm_hours": []}
+    assert app["access"]["allow"] == [] and app["access"]["requests_per_s"] is None
+    assert app["wake_rules"]["waiting_page"] is False and app["wake_rules"]["starts_per_s"] is None
+    assert (app["limits"]["queue_timeout_s"], app["limits"]["max_queued"]) == (10.0, 1000)
+    quiet = as_text(capsys, "config.toml", [])[1]
+    assert not any(f"    {name:9} " in quiet for name in ("balance", "sticky", "access", "wake", "replay", "restart"))
+
+
 def test_faults_are_shown_with_their_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "config.toml").write_text(CONFIG.replace("fly_toml =", "fly_tmol ="))
     status, text = as_text(capsys, "config.toml", [])
