@@ -835,7 +835,8 @@ class _AppReader:
         for key in ("requests_per_second", "handshakes_per_second"):
             if table.raw(key) == 0 and not isinstance(table.raw(key), bool):
                 table.warn(key, "0 refuses everyone; leave the key out for no limit")
-        if "requests_burst" in table and "requests_per_second" not in table:
+        burst = table.raw("requests_burst")
+        if burst not in (MISSING, AccessRules().requests_burst) and "requests_per_second" not in table:
             table.warn("requests_burst", "has no effect without requests_per_second")
         return _build(
             AccessRules,
@@ -963,7 +964,7 @@ _WAKE_KEYS: Final = (
 _BALANCES: Final = tuple(one.value for one in Balance)
 _ORGANIZATION: Final = r"[a-z0-9][a-z0-9-]{0,62}"
 _ORGANIZATION_EXPECTED: Final = "lower case letters, digits and dashes"
-_LIST_MAX: Final = 16 << 20  # of a file of networks
+_LIST_MAX: Final = 1 << 20  # of a file of networks, which goes to workers in the app's record
 _APP_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
