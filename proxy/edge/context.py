@@ -20,6 +20,7 @@ from proxy.edge.queue import Queue, Ring
 from proxy.edge.table import Table
 from proxy.edge.timers import Wheel
 from proxy.edge.waker import Waker
+from proxy.edge.warmth import Warmth
 from proxy.errors import Code, ProxyError, http_status
 from proxy.ipc import Message, Settings
 from proxy.state import (
@@ -88,6 +89,8 @@ class EdgeContext:
         self.link = link
         self.waker = Waker(self.wheel, link, self.table, self.rng)
         self.waker.on_started = self.queue.poke
+        self.warmth = Warmth(self)
+        self.waker.on_machine, self.waker.on_gone = self.warmth.on_machine, self.warmth.on_gone
         self.ulids = UlidMaker(os.urandom(8))
         self.traces = TraceMaker(os.urandom(16))
         self.log = AccessLog("", "json", self.wheel, self._count_dropped)

@@ -21,7 +21,7 @@ from proxy.decide.ewma import LOAD_HEADER
 from proxy.decide.headers import redirect_target, request_head, response_framing, trailer_block
 from proxy.decide.replay import MAX_JSON_BYTES, Directive, parse_headers, parse_json
 from proxy.decide.replay_key import SessionKey
-from proxy.decide.retry import Step, next_step
+from proxy.decide.retry import SAFE_METHODS, Step, next_step
 from proxy.decide.wake import Held, choose_to_wake
 from proxy.edge.access import AccessGate
 from proxy.edge.access_log import Record
@@ -480,6 +480,8 @@ class Exchange:
         self.attempts += 1
         pool = machine.pools.get(service.internal_port) or pool_for(self.edge, machine, service, app)
         connection = pool.take()
+        if connection is None and self.wakes and self.head.length == 0 and self.head.method in SAFE_METHODS:
+            connection = pool.take_warm()
         if connection is None:
             self.connecting = pool.connect(self)
         else:

@@ -222,7 +222,8 @@ class Pool:
     """Kept connections to one endpoint of one machine."""
 
     __slots__ = (
-        "_app_base", "_closed", "_idle", "_keeps", "connect_timeout_s", "edge", "endpoint", "netns_pid",
+        "_app_base", "_closed", "_idle", "_keeps", "_warm", "_warming", "connect_timeout_s", "edge", "endpoint",
+        "netns_pid",
     )  # fmt: skip
 
     def __init__(
@@ -242,6 +243,8 @@ class Pool:
         self._app_base = app_base
         self._idle: deque[UpstreamConnection] = deque()
         self._closed = False
+        self._warm: UpstreamConnection | None = None  # made ahead, while the machine is frozen
+        self._warming: asyncio.Task[None] | None = None
 
     def take(self) -> UpstreamConnection | None:
         """A kept connection, the latest used first; None if a new one is needed."""
@@ -253,6 +256,42 @@ class Pool:
                 return connection
         return None
 
+    def take_warm(self) -> UpstreamConnection | None:
+        """The connection made ahead, for a request that may be sent again: nobody knows how the machine has it."""
+        connection, self._warm = self._warm, None
+        if connection is None or connection.transport.is_closing():
+            return None
+        connection.deadline = NEVER
+        connection.reused = True
+        return connection
+
+    def warm(self) -> None:
+        """Connect ahead to a machine that is frozen: the kernel accepts for it. Waits for its resume or its end."""
+        if self._warm is None and self._warming is None and not self._closed:
+            self._warming = self.connect(_Warmer(self))
+
+    def warmed(self, connection: UpstreamConnection | None) -> None:
+        """How `warm` ended. Whoever needs a connection and finds none makes one, and hears of faults from that."""
+        self._warming = None
+        if connection is not None and self._closed:
+            connection.abort()
+        else:
+            self._warm = connection
+
+    def cool(self) -> None:
+        """The machine runs: who does not take the connection within the time of kept ones does without."""
+        if self._warm is not None:
+            self.edge.wheel.arm(self._warm, IDLE_S)
+
+    def drop_warm(self) -> None:
+        """It is not to be kept any more."""
+        if self._warming is not None:
+            self._warming.cancel()
+            self._warming = None
+        connection, self._warm = self._warm, None
+        if connection is not None:
+            connection.abort()
+
     def keep(self, connection: UpstreamConnection) -> bool:
         if self._closed or not self._keeps or len(self._idle) >= MAX_IDLE or connection.transport.is_closing():
             return False
@@ -260,6 +299,9 @@ class Pool:
         return True
 
     def discard(self, connection: UpstreamConnection) -> None:
+        if connection is self._warm:
+            self._warm = None
+            return
         try:
             self._idle.remove(connection)
         except ValueError:
@@ -268,6 +310,7 @@ class Pool:
     def close(self) -> None:
         """Close what is idle; what is in use closes when it comes back."""
         self._closed = True
+        self.drop_warm()
         while self._idle:
             self._idle.pop().transport.close()
 
@@ -370,6 +413,21 @@ class _Connect:
         self._timer.cancel()
         pool.count_connect((monotonic_ns() - self._started) // 1000)
         self._user.on_connected(connection)
+
+
+class _Warmer:
+    """Asks for a connection on behalf of nobody yet."""
+
+    __slots__ = ("_pool",)
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def on_connected(self, connection: UpstreamConnection) -> None:
+        self._pool.warmed(connection)
+
+    def on_connect_failed(self, error: ProxyError) -> None:
+        self._pool.warmed(None)
 
 
 def _is_connected(sock: socket.socket) -> bool:

@@ -59,6 +59,8 @@ class Waker:
         self._hinted: dict[MachineId, float] = {}
         self._another: dict[AppName, float] = {}
         self._unwell: dict[AppName, set[HealthWait]] = {}
+        self.on_machine: Callable[[AppName, Machine], None] = lambda app, machine: None
+        self.on_gone: Callable[[MachineId], None] = lambda machine: None
         self.on_started: Callable[[int], None] = lambda app_slot: None  # a machine of this app may be chosen now
         table.on_machine = self._on_machine
         table.on_machine_gone = self._on_gone
@@ -204,7 +206,10 @@ class Waker:
         if view is not None and machine.state is MachineState.STARTED:
             self.on_started(view.record.slot)
 
+        self.on_machine(app, machine)
+
     def _on_gone(self, machine: MachineId) -> None:
+        self.on_gone(machine)
         self._end(machine, None)  # whoever waited chooses again, by the new table
         for app in list(self._unwell):
             self._look_for_health(app)

@@ -2,6 +2,8 @@
 
 GET|POST /work?ms=M&id=ID   answers after M ms; leaves the count before its last byte is written
 GET /told                   {"most": highest count ever, "served": n, "twice": ids of POSTs that came more than once}
+
+Environment: POSTS (file: the id of every POST, as it comes; it outlives this process).
 """
 
 import asyncio
@@ -9,6 +11,7 @@ import json
 import os
 from urllib.parse import parse_qs, urlsplit
 
+POSTS = os.open(os.environ["POSTS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if "POSTS" in os.environ else None
 now = most = served = 0
 posts: dict[str, int] = {}
 
@@ -38,6 +41,8 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         if method == "POST":
             one = asked["id"][0]
             posts[one] = posts.get(one, 0) + 1
+            if POSTS is not None:
+                os.write(POSTS, f"{one}\n".encode())
         await asyncio.sleep(float(asked.get("ms", ["0"])[0]) / 1000)
         served += 1
         now -= 1
