@@ -3,7 +3,9 @@
 One `Queue` per worker; the line runs through all of them. Each worker publishes, for every app, since when its oldest
 request waits. Who frees a place reads those, and gives the place to the oldest: to one of its own, or by ringing the
 bell of the worker that has it. A request that comes while others wait goes to the end of the line, even if a place is
-free: it is another's. So order holds over workers but for the moment that a bell takes.
+free: it is another's. So order holds over workers but for the moment that a bell takes. Those who wait for one certain
+machine hold up nobody who may go to another: they are passed over, and a worker that is rung and has nobody for the
+place rings the one whose oldest comes next.
 
 No place is lost: waiting publishes, then looks for room; freeing makes room, then looks for who waits; with a full
 memory fence in between on both sides, one of the two sees the other. For bells that reached nobody (their worker was
@@ -111,24 +113,21 @@ class Queue:
         ticket.expire_at(self._wheel.call_later(left, lambda: self._expire(ticket)))
         if line is None:
             line = self._lines[app_slot] = []
+        elif line[-1].slots == slots:
+            ticket.slots = line[-1].slots  # one object, which _first_with_room looks at once
         insort(line, ticket)
         self._cells[self._gauge + W_QUEUED] += 1
         self._publish(app_slot)
         self._load.fence()
         if self._has_room(ticket):
-            self._loop.call_soon(self._let_go_on, app_slot)
+            self._loop.call_soon(self.freed, app_slot)
         if self._recheck is None:
             self._recheck = self._wheel.call_later(RECHECK_S, self._look_again)
         return ticket
 
     def freed(self, app_slot: int) -> None:
         """A place of a machine of this app became free, by Load.release_fenced: who waits longest gets it."""
-        cells = self._cells
-        oldest, whose = 0, -1
-        for worker, base in enumerate(self._bases):
-            since = cells[base + app_slot]
-            if since and (not oldest or since < oldest):
-                oldest, whose = since, worker
+        whose = self._next_after(app_slot, 0, -1)
         if whose == self._worker:
             self._let_go_on(app_slot)
         elif whose >= 0:
@@ -152,24 +151,72 @@ class Queue:
     def remove(self, ticket: Ticket) -> None:
         line = self._lines.get(ticket.app_slot)
         if line is not None and ticket in line:
-            self._take(line, line.index(ticket))
+            self._leave(line, ticket)
 
     # --- letting go on
 
-    def _let_go_on(self, app_slot: int) -> None:
-        """Call those at the head of the line for whom there is room."""
+    def _let_go_on(self, app_slot: int, pass_on: bool = True) -> None:
+        """Call those for whom there is room, as long as nobody older waits in another worker.
+
+        The first is called whatever waits elsewhere: we were told to, or whom it was for has had its time.
+        """
+        ticket = self._first_with_room(app_slot)
+        if ticket is None:
+            since = self._cells[self._own + app_slot]
+            whose = self._next_after(app_slot, since, self._worker) if since and pass_on else -1
+            if whose >= 0:
+                self._ring(whose)
+            return
         for _ in range(_AT_ONCE):
-            line = self._lines.get(app_slot)
-            if line is None or not self._has_room(line[0]):
+            self._call(self._take(self._lines[app_slot], ticket), None)
+            if not self._has_room(ticket):
                 return
-            self._call(self._take(line, 0), None)
+            whose = self._next_after(app_slot, 0, -1)
+            if whose != self._worker:
+                if whose >= 0:
+                    self._ring(whose)
+                return
+            following = self._first_with_room(app_slot)
+            if following is None:
+                return
+            ticket = following
+
+    def _next_after(self, app_slot: int, since_ns: int, worker: int) -> int:
+        """The worker whose oldest request came first of those after this place; -1 = none."""
+        cells = self._cells
+        oldest, whose = 0, -1
+        for other, base in enumerate(self._bases):
+            since = cells[base + app_slot]
+            is_after = since > since_ns or (since == since_ns and other > worker)
+            if since and is_after and (not oldest or since < oldest):
+                oldest, whose = since, other
+        return whose
+
+    def _first_with_room(self, app_slot: int) -> Ticket | None:
+        full: set[tuple[int, int]] = set()
+        for ticket in self._lines.get(app_slot, ()):
+            wants = id(ticket.slots), ticket.hard_limit
+            if wants not in full:
+                if self._has_room(ticket):
+                    return ticket
+                full.add(wants)
+        return None
+
+    def _leave(self, line: list[Ticket], ticket: Ticket) -> None:
+        """Give up a place in line; if a bell for it is on its way, the next one has to hear."""
+        was_oldest = line[0] is ticket
+        self._take(line, ticket)
+        if was_oldest:
+            self._load.fence()
+            if self._has_room(ticket):
+                self._loop.call_soon(self.freed, ticket.app_slot)
 
     def _has_room(self, ticket: Ticket) -> bool:
         in_flight, limit = self._memory.in_flight, ticket.hard_limit
         return any(in_flight(slot) < limit for slot in ticket.slots)
 
-    def _take(self, line: list[Ticket], at: int) -> Ticket:
-        ticket = line.pop(at)
+    def _take(self, line: list[Ticket], ticket: Ticket) -> Ticket:
+        line.remove(ticket)
         ticket.stop_timer()
         if not line:
             del self._lines[ticket.app_slot]
@@ -191,7 +238,7 @@ class Queue:
     def _expire(self, ticket: Ticket) -> None:
         line = self._lines.get(ticket.app_slot)
         if line is not None and ticket in line:
-            self._take(line, line.index(ticket))
+            self._leave(line, ticket)
             self._call(ticket, self._too_late())
 
     def _too_late(self) -> ProxyError:
@@ -201,7 +248,8 @@ class Queue:
 
     def _look_again(self) -> None:
         self._recheck = None
-        self.on_bell()
+        for app_slot in list(self._lines):
+            self._let_go_on(app_slot, pass_on=False)
         if self._lines and self._recheck is None:
             self._recheck = self._wheel.call_later(RECHECK_S, self._look_again)
 

@@ -155,3 +155,20 @@ async def test_a_request_for_one_machine_waits_for_that_one(edge: EdgeHarness) -
     gated.go.release()
     gated.go.release()
     assert (await first).endswith(b"ok") and (await second).endswith(b"ok")
+
+
+async def test_who_waits_for_one_machine_holds_up_nobody_who_may_go_to_another(edge: EdgeHarness) -> None:
+    gated, _ = await limited(edge, 1, machines=2)
+    held = ask(edge, "/held", b"fly-force-instance-id: m1\r\n")
+    await until(lambda: gated.now == 1)
+    forced = ask(edge, "/forced", b"fly-force-instance-id: m1\r\n")
+    await until(lambda: queued(edge) == 1)
+    free = ask(edge, "/free")
+    await until(lambda: gated.now == 2)
+    behind = ask(edge, "/behind")
+    await until(lambda: queued(edge) == 2)
+    assert gated.order == ["/held", "/free"]
+    for _ in range(4):
+        gated.go.release()
+    for task in (held, forced, free, behind):
+        assert (await task).endswith(b"ok")
