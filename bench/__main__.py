@@ -1,4 +1,4 @@
-"""`python -m bench [load|wake|balance|memory|micro|profile] [options]`; without a name, all that make results."""
+"""`python -m bench [load|wake|balance|replay|memory|micro|profile] [options]`; without a name, all with results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 from bench.processes import BenchError
 
-MEASURED = ("micro", "load", "wake", "balance", "memory")
+MEASURED = ("micro", "load", "wake", "balance", "replay", "memory")
 
 
 def main(given: list[str]) -> int:

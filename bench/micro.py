@@ -21,6 +21,7 @@ from bench.whole_request import whole_request
 from proxy.decide import headers
 from proxy.decide.balance import choose_machine
 from proxy.decide.ewma import MachineScores, parse_load
+from proxy.decide.replay import _parse, parse_header
 from proxy.decide.ulid import UlidMaker
 from proxy.edge.access_log import Record, json_line, text_line
 from proxy.model import Balance
@@ -171,6 +172,8 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "choose of 1,000, least-loaded": lambda: _choose(1_000, Balance.LEAST_LOADED),
     "choose of 1,000, peak-ewma": lambda: _choose(1_000, Balance.PEAK_EWMA),
     "choose of 1,000, app-load": lambda: _choose(1_000, Balance.APP_LOAD),
+    "read a fly-replay header seen before": lambda: lambda: parse_header(b"region=ams;state=http_method"),
+    "read a fly-replay header for the first time": lambda: lambda: _parse(b"region=ams;state=http_method"),
     "note a response time": _observe,
     "read a reported load": lambda: lambda: parse_load(b"0.75"),
     "request id": _ulid,

@@ -93,7 +93,7 @@ def whole_request(request: bytes, response: bytes) -> Callable[[], object]:
     client, machine = FakeTransport(), FakeTransport()
     downstream = HttpConnection(edge, cast(Any, FakeListener()), False, None)
     downstream.connection_made(cast(Any, client))
-    upstream = UpstreamConnection(pool)
+    upstream = UpstreamConnection(pool, lambda connection: None)
     upstream.connection_made(cast(Any, machine))
     upstream.reused = True
     pool.keep(upstream)

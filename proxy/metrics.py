@@ -175,6 +175,8 @@ _WORKER_METRICS = (
     ("wakefront_accepted_count", "Client connections accepted.", "unknown", state.W_ACCEPTED),
     ("fly_edge_tcp_connections_drop_count", "Connections over the limit.", "unknown", state.W_REFUSED),
     ("wakefront_log_dropped_count", "Access log lines lost.", "unknown", state.W_LOG_DROPPED),
+    ("wakefront_queued", "Requests waiting for a machine below its hard limit.", "gauge", state.W_QUEUED),
+    ("wakefront_queue_timeouts_count", "Requests that waited in vain.", "unknown", state.W_QUEUE_TIMEOUTS),
     ("wakefront_loop_lag_us", "Latest lateness of the worker's loop.", "gauge", state.W_LOOP_LAG_US),
 )
 

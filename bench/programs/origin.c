@@ -57,6 +57,8 @@ static const char *find_header(const char *head, const char *name) {
     return NULL;
 }
 
+static const char *hand_to;
+
 static void answer(struct conn *c, const char *status, const char *body, size_t length) {
     c->out_len += (size_t)snprintf(c->out + c->out_len, OUT_SIZE - c->out_len,
                                    "HTTP/1.1 %s\r\nContent-Type: text/plain\r\nContent-Length: %zu\r\n"
@@ -71,6 +73,14 @@ static void answer(struct conn *c, const char *status, const char *body, size_t 
         c->body_len = length;
         c->body_off = 0;
     }
+}
+
+/* A replay to the machine named on the command line; without a name this origin is the one that answers. */
+static void answer_handed(struct conn *c) {
+    c->out_len += (size_t)snprintf(c->out + c->out_len, OUT_SIZE - c->out_len,
+                                   "HTTP/1.1 409 Conflict\r\nfly-replay: instance=%s;state=bench\r\n"
+                                   "Content-Length: 0\r\n\r\n", hand_to);
+    requests++;
 }
 
 static void answer_upload(struct conn *c) {
@@ -100,6 +110,8 @@ static void on_head(struct conn *c, char *head, size_t length) {
     else if (strncmp(path, "/100k ", 6) == 0) answer(c, "200 OK", big, 102400);
     else if (strncmp(path, "/10m ", 5) == 0) answer(c, "200 OK", big, BODY_MAX);
     else if (strncmp(path, "/upload ", 8) == 0) answer_upload(c);
+    else if (strncmp(path, "/handed ", 8) == 0 && hand_to) answer_handed(c);
+    else if (strncmp(path, "/handed ", 8) == 0) answer(c, "200 OK", big, 100);
     else if (strncmp(path, "/head ", 6) == 0) answer(c, "200 OK", head, length);
     else if (strncmp(path, "/stats ", 7) == 0) {
         char text[96];
@@ -215,6 +227,7 @@ static void on_event(struct conn *c, unsigned events) {
 int main(int argc, char **argv) {
     int one = 1, listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((unsigned short)atoi(argc > 1 ? argv[1] : "0"))};
+    hand_to = argc > 2 ? argv[2] : NULL;
     inet_pton(AF_INET, "127.0.0.1", &address.sin_addr);
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     if (bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 4096)) {
