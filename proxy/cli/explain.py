@@ -8,9 +8,10 @@ from proxy.cli.node import Api
 from proxy.cli.output import print_json, say
 
 
-def explain(api: Api, url: str, method: str, headers: list[str], as_json: bool) -> None:
+def explain(api: Api, url: str, method: str, headers: list[str], source: str, as_json: bool) -> None:
     """Ask the node, and tell the steps."""
-    found: dict[str, Any] = api.post("/v1/explain", {"url": url, "method": method, "headers": headers})  # Any: JSON
+    asked = {"url": url, "method": method, "headers": headers, "source": source}
+    found: dict[str, Any] = api.post("/v1/explain", asked)  # Any: JSON
     if as_json:
         print_json(found)
         return

@@ -152,6 +152,7 @@ def explain(
     url: Annotated[str, typer.Argument(metavar="URL", help="As a client would ask; https:// may be left out.")],
     method: Annotated[str, typer.Option("--method", "-X", help="Its method.")] = "GET",
     header: Annotated[list[str] | None, typer.Option("--header", "-H", help="'name: value', may be repeated.")] = None,
+    source: Annotated[str, typer.Option("--from", metavar="ADDRESS", help="The client's address.")] = "127.0.0.1",
     config: Config = None,
     admin: Admin = None,
     json: Json = False,
@@ -160,7 +161,7 @@ def explain(
     from proxy.cli.client import connect
     from proxy.cli.explain import explain
 
-    explain(connect(config, admin), url, method, header or [], json)
+    explain(connect(config, admin), url, method, header or [], source, json)
 
 
 @app.command()

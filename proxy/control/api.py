@@ -609,7 +609,7 @@ def _raise_if_failed(result: WakeResult) -> None:
 
 
 def _asked(body: Json) -> Asked:
-    """The request that an explanation is asked for: `{url, method, headers: ["name: value"]}`."""
+    """The request that an explanation is asked for: `{url, method, headers: ["name: value"], source}`."""
     url = body.get("url")
     headers = body.get("headers", [])
     if not isinstance(url, str) or not isinstance(headers, list) or not all(isinstance(one, str) for one in headers):
@@ -629,7 +629,8 @@ def _asked(body: Json) -> Asked:
         pairs.append((name.strip().lower(), value.strip()))
     method = str(body.get("method", "GET")).upper()
     host = parts.hostname.rstrip(".")
-    return Asked(parts.scheme, host, port, parts.path or "/", method, tuple(pairs))
+    source = str(body.get("source", "127.0.0.1"))
+    return Asked(parts.scheme, host, port, parts.path or "/", method, tuple(pairs), source)
 
 
 async def _body(request: web.Request, required: bool = False) -> Json:

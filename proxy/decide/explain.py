@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from proxy.decide.access import Networks, WakeFilter
 from proxy.decide.wake import Held, choose_to_wake
-from proxy.model import App, Balance, Machine, MachineId, MachineState, Port, Service
+from proxy.model import AccessRules, App, Balance, Machine, MachineId, MachineState, Port, Service
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ def explain(apps: Iterable[App], asked: Asked, in_flight: Callable[[int], int], 
     if ("tls" in port.handlers) is not (asked.scheme == "https"):
         found.say("tls", f"port {asked.port} {'speaks' if 'tls' in port.handlers else 'does not speak'} TLS")
         return found.end("refuse", "WD01")
+    if not app.access.is_open and (why := _excluded(app.access, asked.source)) is not None:
+        found.say("access", why)
+        return found.end("refuse", "WA01")
     if port.force_https and asked.scheme == "http":
         found.say("redirect", "force_https: 301 to https")
         return found.end("redirect")
@@ -76,6 +80,15 @@ def _port_of(app: App, asked: Asked) -> tuple[Service, Port] | None:
         for port in service.ports:
             if port.start <= asked.port <= port.end and "http" in port.handlers:
                 return service, port
+    return None
+
+
+def _excluded(rules: AccessRules, source: str) -> str | None:
+    """Why the lists keep a source out; rates are not counted here."""
+    if Networks(rules.deny).contains(source):
+        return f"{source} is on the app's deny list"
+    if rules.allow and not Networks(rules.allow).contains(source):
+        return f"{source} is not on the app's allow list"
     return None
 
 
@@ -107,7 +120,7 @@ def _choose(
         found.say("prefer", f"the client prefers {preferred}, which can't take it: the rest is looked at")
     if ready:
         return _among(found, app, service, ready, in_flight)
-    return _without(found, app, service, machines, in_flight, now)
+    return _without(found, app, service, machines, asked, now)
 
 
 def _why_not(machine: Machine, service: Service) -> str | None:
@@ -173,9 +186,8 @@ def _among(
 
 
 def _without(
-    found: Explanation, app: App, service: Service, machines: Sequence[Machine], in_flight: Callable[[int], int],
-    now: float,
-) -> Explanation:  # fmt: skip
+    found: Explanation, app: App, service: Service, machines: Sequence[Machine], asked: Asked, now: float
+) -> Explanation:
     """No machine can take it now."""
     running = [one for one in machines if _why_not(one, service) is None]
     if running:
@@ -191,6 +203,12 @@ def _without(
     if not service.autostart:
         found.say("wake", "auto_start_machines is off: nothing is started for it")
         return found.end("refuse", "PR04")
+    agent = (asked.header("user-agent") or "").encode("latin-1", "replace")
+    path = asked.path.encode("latin-1", "replace")
+    ignored = WakeFilter(app.wake_rules).ignores(asked.method.encode("latin-1", "replace"), path, agent, asked.source)
+    if ignored is not None:
+        found.say("wake", f"nothing is started for it: {ignored}")
+        return found.end("refuse", "WM04")
     choice = choose_to_wake(machines, service.processes, now)
     if isinstance(choice, Held):
         found.say("wake", f"held for another {choice.until - now:.0f} s: {choice.reason}")

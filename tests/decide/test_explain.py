@@ -4,7 +4,20 @@ import dataclasses
 from typing import Any
 
 from proxy.decide.explain import Asked, Explanation, explain
-from proxy.model import App, AppName, Balance, Endpoint, Machine, MachineId, MachineState, Port, RegionCode, Service
+from proxy.model import (
+    AccessRules,
+    App,
+    AppName,
+    Balance,
+    Endpoint,
+    Machine,
+    MachineId,
+    MachineState,
+    Port,
+    RegionCode,
+    Service,
+    WakeRules,
+)
 
 STARTED, STOPPED = MachineState.STARTED, MachineState.STOPPED
 
@@ -91,6 +104,17 @@ def test_a_forced_machine_is_the_only_one_and_a_preferred_one_the_first() -> Non
     assert forced("z").code == "WR02"
     assert ask(web, headers=(("fly-prefer-instance-id", "a"),)).machines == ["a"]
     assert ask(web, headers=(("fly-prefer-instance-id", "c"),)).machines == ["a"]
+
+
+def test_access_and_wake_rules_are_told() -> None:
+    web = app(machine("a", 1, STOPPED))
+    shut = dataclasses.replace(web, access=AccessRules(allow=("10.0.0.0/8",)))
+    assert ask(shut).code == "WA01" and "allow list" in ask(shut).steps[-1][1]
+    assert ask(shut, source="10.1.2.3").action == "wake"
+    assert ask(dataclasses.replace(web, access=AccessRules(deny=("127.0.0.1",)))).code == "WA01"
+    ignoring = dataclasses.replace(web, wake_rules=WakeRules(ignore_paths=("/healthz",)))
+    assert ask(ignoring, path="/healthz").code == "WM04"
+    assert ask(ignoring).action == "wake"
 
 
 def test_the_rule_is_told_where_several_may_be_drawn() -> None:
