@@ -160,6 +160,7 @@ def _hello() -> Callable[[], object]:
 
 CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "a whole request through the edge, sockets apart": lambda: whole_request(REQUEST, RESPONSE),
+    "the same, to a machine with a hard limit": lambda: whole_request(REQUEST, RESPONSE, 100_000),
     "read a 10-header request": _read_request,
     "read a 5-header response with its 100-byte body": _read_response,
     "write the request's head for the machine": _write_request,

@@ -57,7 +57,6 @@ primary_region = "ams"
   [http_service.concurrency]
     type = "requests"
     soft_limit = 100000
-    hard_limit = 100000
 """
 
 

@@ -76,7 +76,7 @@ class FakeLink:
         return True
 
 
-def whole_request(request: bytes, response: bytes) -> Callable[[], object]:
+def whole_request(request: bytes, response: bytes, hard_limit: int | None = None) -> Callable[[], object]:
     """A function that carries `request` to a machine on a kept connection, and `response` back."""
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -84,7 +84,7 @@ def whole_request(request: bytes, response: bytes) -> Callable[[], object]:
     settings = Settings(PROTOCOL, "bench", "ams", "apps.localhost")
     edge = EdgeContext(loop, memory, 0, settings, {80: 8080}, FakeLink(), Path(os.devnull), lambda worker: None)
     edge.table.start_load()
-    edge.table.set_app(_app())
+    edge.table.set_app(_app(hard_limit))
     edge.table.end_load()
     app = edge.table.hosts[HOST]
     service = app.services[0]
@@ -108,9 +108,11 @@ def whole_request(request: bytes, response: bytes) -> Callable[[], object]:
     return once
 
 
-def _app() -> App:
+def _app(hard_limit: int | None) -> App:
     port = Port(80, 80, ("http",))
-    service = Service("tcp", 8080, (port,), concurrency_type=ConcurrencyType.REQUESTS, soft_limit=100_000)
+    service = Service(
+        "tcp", 8080, (port,), concurrency_type=ConcurrencyType.REQUESTS, soft_limit=100_000, hard_limit=hard_limit
+    )
     endpoints = (Endpoint(8080, "127.0.0.1", 1),)
     machine = Machine(MachineId("bench-1"), RegionCode("ams"), "app", MachineState.STARTED, 1, 0, endpoints)
     return App(AppName("bench"), (HOST,), (service,), (machine,))

@@ -236,10 +236,21 @@ class Exchange:
         """Send it to a machine, or wait for one."""
         assert self.port is not None
         machine = self.port.service.sole
-        if machine is not None and self.tried is None and self.want is None:
-            self._attempt(machine)
-        else:
+        if (
+            machine is None
+            or self.tried is not None
+            or self.want is not None
+            or not self._may_go(self.port.service)
+            or not self._attempt(machine)
+        ):
             self._choose()
+
+    def _may_go(self, service: ServiceView) -> bool:
+        """Whether it would pass by nobody who waits for a place at a hard limit."""
+        if service.record.hard_limit is None or self.queued_since:
+            return True
+        assert self.app is not None
+        return not self.edge.queue.is_contended(self.app.record.slot)
 
     def aim(self, app: AppView, port: PortView) -> None:
         """From here on it is for this app: a replay says so."""
@@ -309,13 +320,11 @@ class Exchange:
         if not running:
             self._choose_to_wake(service)
             return
-        limit = record.hard_limit
-        is_new = limit is not None and not self.queued_since
-        if not (is_new and edge.queue.is_contended(app.record.slot)):  # else it would pass by those who wait
+        if self._may_go(service):
             for _ in range(_RACES):
                 machine = choose_machine(
-                    running, edge.in_flight, record.soft_limit, limit, edge.rng, app.record.balance, edge.scores,
-                    edge.wheel.now,
+                    running, edge.in_flight, record.soft_limit, record.hard_limit, edge.rng, app.record.balance,
+                    edge.scores, edge.wheel.now,
                 )  # fmt: skip
                 if machine is None:
                     break

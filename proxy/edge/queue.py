@@ -24,7 +24,7 @@ from collections.abc import Callable
 from proxy.clock import monotonic_ns
 from proxy.edge.timers import Call, Wheel
 from proxy.errors import Code, ProxyError, Source
-from proxy.state import W_QUEUE_TIMEOUTS, W_QUEUED, Load, SharedMemory
+from proxy.state import APP_SLOTS, W_QUEUE_TIMEOUTS, W_QUEUED, Load, SharedMemory
 
 RECHECK_S = 0.1
 _AT_ONCE = 64  # waiters called in one go
@@ -89,8 +89,7 @@ class Queue:
 
     def is_contended(self, app_slot: int) -> bool:
         """Whether requests of the app wait, here or in another worker: then a new one belongs behind them."""
-        cells = self._cells
-        return any(cells[base + app_slot] for base in self._bases)
+        return sum(self._cells[self._bases[0] + app_slot :: APP_SLOTS]) != 0
 
     def wait(
         self, app_slot: int, slots: tuple[int, ...], hard_limit: int, timeout_s: float, most: int, waiter: Waiter,
@@ -127,6 +126,8 @@ class Queue:
 
     def freed(self, app_slot: int) -> None:
         """A place of a machine of this app became free, by Load.release_fenced: who waits longest gets it."""
+        if not sum(self._cells[self._bases[0] + app_slot :: APP_SLOTS]):  # a strided sum: a third of looking one by one
+            return
         whose = self._next_after(app_slot, 0, -1)
         if whose == self._worker:
             self._let_go_on(app_slot)

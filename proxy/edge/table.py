@@ -69,7 +69,7 @@ class ServiceView:
         self.running = running = [one for one in started if port not in one.record.failing_ports]
         self.is_failing = bool(started) and not running
         self.slots = tuple(one.slot for one in running)
-        self.sole = running[0] if len(self.machines) == 1 and running and self.record.hard_limit is None else None
+        self.sole = running[0] if len(self.machines) == 1 and running else None
 
 
 class PortView:
