@@ -170,6 +170,7 @@ class Owned:
     restarts: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     watchers: list[asyncio.Future[None]] = field(default_factory=list)
     last_wake: WakePhases | None = None
+    untold: tuple[WakePhases, WakeResult] | None = None  # a resume that is not in the history yet
     last_pid: int | None = None
     admitted: int = 0  # as last looked at by idle.py
     idle_since: float = 0.0
@@ -253,7 +254,8 @@ class Fleet:
         if running is None and found is not None:
             running = machine.driver.adopt(machine.spec, None)
         if running is None:
-            self._lost(machine)
+            if machine.state in LIVE:  # else it was a left-over that has ended since
+                self._lost(machine)
             return
         machine.running = running
         row.pid, row.start_ticks, row.netns_pid = running.pid, running.start_ticks, running.netns_pid
@@ -336,6 +338,7 @@ class Fleet:
         return None
 
     def _launch_flight(self, machine: Owned, source: str) -> Flight:
+        self._note_resume(machine)
         now = self._clock.monotonic()
         flight = Flight(WakePhases(self._clock.unix(), source, machine.row.state, now))
         machine.flight = flight
@@ -390,15 +393,20 @@ class Fleet:
         self._reached(machine, flight)
         result = WakeResult(machine.row.version)
         self._settle(machine, flight, result)
-        asyncio.get_running_loop().call_later(_NOTE_S, self._note_resume, machine, flight.phases, result)
+        machine.untold = flight.phases, result
+        asyncio.get_running_loop().call_later(_NOTE_S, self._note_resume, machine)
         return True
 
-    def _note_resume(self, machine: Owned, phases: WakePhases, result: WakeResult) -> None:
-        """Tell of it once the request is on its way: this is history, and that one waits for the processor."""
+    def _note_resume(self, machine: Owned) -> None:
+        """Tell of it once the request is on its way: this is history, and that one waits for the processor. Or before,
+        when more happens to the machine: what comes first is told first."""
+        untold, machine.untold = machine.untold, None
+        if untold is None:
+            return
+        phases, result = untold
         self.on_wake(machine, result)
-        if self._machines.get(machine.id) is machine:
-            self._event(machine, "start", "starting", phases.source, at=phases.asked_at_unix)
-            self._event(machine, "start", "started", "flyd", at=phases.asked_at_unix)
+        self._event(machine, "start", "starting", phases.source, at=phases.asked_at_unix)
+        self._event(machine, "start", "started", "flyd", at=phases.asked_at_unix)
 
     def _land(self, machine: Owned, flight: Flight, result: WakeResult) -> None:
         self._settle(machine, flight, result)
@@ -499,6 +507,7 @@ class Fleet:
         now, row = self._clock.monotonic(), machine.row
         flight.phases.listening = flight.phases.listening or now
         row.failures, row.hold_until, row.hold_reason = 0, 0.0, None
+        row.stopped_by = ""
         row.started_at = self._clock.unix()
         machine.idle_since = now
         self._change(machine, Change.REACHED)
@@ -639,16 +648,16 @@ class Fleet:
         if flight is not None:
             flight.cut_short("stop")
         elif previous is not None and machine.state is MachineState.STOPPING:
-            machine.row.stopped_by = source
+            self._keep_stopper(machine, source)
             return previous
         elif machine.state not in LIVE:
-            machine.row.stopped_by = source
+            self._keep_stopper(machine, source)
             if machine.state in (MachineState.CREATED, MachineState.FAILED):
                 self._change(machine, Change.REST)
             else:
                 self._store.save_later(machine.row)
             return None
-        machine.row.stopped_by = source
+        self._keep_stopper(machine, source)
         self._event(machine, "stop", "stopping", source)
         if flight is None and previous is None and machine.state is not MachineState.STOPPING:
             self._change(machine, Change.STOP)
@@ -657,6 +666,11 @@ class Fleet:
         steps = self._stop_steps(machine, previous, flight, signal, timeout_s, drain_s)
         machine.ending = spawn(steps, f"stop {machine.id}")
         return machine.ending
+
+    def _keep_stopper(self, machine: Owned, source: str) -> None:
+        """What a user stopped stays stopped by them, whoever stops it once more: the node as it ends, say."""
+        if source == "user" or machine.state is MachineState.STARTED or machine.row.stopped_by != "user":
+            machine.row.stopped_by = source
 
     async def _stop_steps(
         self,
@@ -724,11 +738,18 @@ class Fleet:
         machine.row.stopped_by = source
         self._event(machine, "suspend", "suspending", source)
         self._change(machine, Change.SUSPEND)
-        machine.ending = spawn(self._suspend_steps(machine, or_stop), f"suspend {machine.id}")
+        steps = self._suspend_steps(machine, or_stop, is_in_use=source == "user")
+        machine.ending = spawn(steps, f"suspend {machine.id}")
         return machine.ending
 
-    async def _suspend_steps(self, machine: Owned, or_stop: bool) -> None:
+    async def _suspend_steps(self, machine: Owned, or_stop: bool, is_in_use: bool = False) -> None:
+        """`is_in_use`: no worker has been asked yet to send nothing new, and what comes to a frozen machine is lost."""
         try:
+            if is_in_use:
+                await self._cordons.cordon(machine)
+                self._cordons.lift(machine)
+            if machine.state is not MachineState.SUSPENDING:
+                return
             await self._say_goodbye(machine, _GOODBYE_S)
             if machine.state is not MachineState.SUSPENDING:  # it ended by itself
                 return
@@ -889,7 +910,10 @@ class Fleet:
         row.failing_ports = ports
         if machine.state is MachineState.STARTED:
             row.version = self._next_version(row.version)
-            self._store.save_later(row)
+            if ports:
+                self._store.save(row)  # a control that dies now must not leave the next one believing it is well
+            else:
+                self._store.save_later(row)
             self._tell(machine)
 
     def restart_failing(self, machine: Owned, reason: str) -> bool:
@@ -929,6 +953,7 @@ class Fleet:
         self, machine: Owned, states: Iterable[str], timeout_s: float, is_enough: Callable[[], bool] = lambda: True
     ) -> bool:
         """True once it is in one of the states and that `is_enough`, which is asked at every change and event."""
+        self._note_resume(machine)
         wanted = frozenset(states)
         watcher: asyncio.Future[None] | None = None
         try:
@@ -1005,6 +1030,7 @@ class Fleet:
         self, machine: Owned, kind: str, status: str, source: str, request: dict[str, Any] | None = None,
         at: float | None = None,
     ) -> None:  # fmt: skip
+        self._note_resume(machine)
         now = self._clock.unix() if at is None else at
         self._store.add_event(machine.id, Event(new_ulid(now), kind, status, source, int(now * 1000), request))
         if machine.watchers:

@@ -165,6 +165,28 @@ async def test_a_machine_that_a_user_stopped_stays_stopped_at_the_next_start(rig
         await after.die()
 
 
+@pytest.mark.parametrize("ended", ["stopped", "suspended"])
+async def test_what_a_user_stopped_stays_theirs_when_the_node_ends(rig: Rig, ended: str) -> None:
+    await rig.load(an_app("worker"))
+    machine = await rig.started("worker")
+    end = rig.fleet.stop(machine, "user") if ended == "stopped" else rig.fleet.suspend(machine, "user")
+    assert end is not None
+    await end
+    await rig.fleet.stop_all()
+    assert machine.row.stopped_by == "user"
+
+
+async def test_what_a_user_suspended_is_theirs_no_more_once_it_was_resumed(rig: Rig) -> None:
+    await rig.load(an_app("worker"))
+    machine = await rig.started("worker")
+    end = rig.fleet.suspend(machine, "user")
+    assert end is not None
+    await end
+    assert rig.fleet.wake(machine.id).done()
+    await rig.fleet.stop_all()
+    assert machine.row.stopped_by == "flyd"
+
+
 # --- reload
 
 

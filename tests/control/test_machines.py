@@ -302,6 +302,52 @@ async def _suspended(rig: Rig) -> Owned:
     return machine
 
 
+async def test_a_user_suspends_a_machine_only_after_workers_have_been_asked(rig: Rig) -> None:
+    """A request that was on its way when they heard of it is answered before the machine stands still."""
+    await rig.load(an_app())
+    machine = await rig.started()
+    rig.cordons.on_cordon = rig.begin_request
+    end = rig.fleet.suspend(machine, "user")
+    await settle()
+    assert machine.state is MachineState.SUSPENDING and not rig.host.is_frozen(machine.id)
+    assert rig.cordons.lifted == [(machine.id, "suspending")]
+    rig.end_request(machine)
+    await rig.clock.advance(0.1)
+    assert end is not None and end.done() and rig.host.is_frozen(machine.id)
+
+
+async def test_a_machine_that_ends_while_workers_are_asked_before_its_suspend_is_left_alone(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = await rig.started()
+    rig.cordons.gate = asyncio.Event()
+    end = rig.fleet.suspend(machine, "user")
+    await settle()
+    rig.host.end(machine.id, Exit(code=0))
+    rig.cordons.gate.set()
+    assert end is not None
+    await end
+    assert machine.state is MachineState.STOPPED and ("suspend", machine.id) not in rig.driver.calls
+
+
+async def test_a_resume_is_told_before_what_follows_it_at_once(rig: Rig) -> None:
+    machine = await _suspended(rig)
+    told: list[bool] = []
+    rig.fleet.on_wake = lambda one, result: told.append(one.last_wake is first)
+    assert rig.fleet.wake(machine.id).done()
+    first = machine.last_wake
+    end = rig.fleet.suspend(machine, "user")
+    second = rig.fleet.wake(machine.id)
+    assert first is not machine.last_wake and told == [True]
+    assert [(one.type, one.status) for one in rig.store.events(machine.id, 3)] == [
+        ("suspend", "suspending"), ("start", "started"), ("start", "starting"),
+    ]  # fmt: skip
+    assert end is not None
+    await end
+    assert (await asyncio.shield(second)).code is None and told == [True, False]
+    await asyncio.sleep(0.01)
+    assert told == [True, False]
+
+
 async def test_only_a_started_machine_can_be_suspended(rig: Rig) -> None:
     await rig.load(an_app())
     with pytest.raises(Refused, match="created"):
@@ -519,6 +565,23 @@ async def test_a_new_control_finds_a_running_machine_and_wakes_nothing(rig: Rig)
         assert again.state is MachineState.STARTED and again.row.pid == pid and again.row.version > version
         assert after.starts(again) == 0
         assert after.fleet.wake(again.id).result().code is None
+    finally:
+        await after.close()
+
+
+async def test_a_left_over_that_ends_while_a_new_control_looks_for_machines_is_no_news(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = await rig.started()
+    running = machine.running
+    end = rig.fleet.stop(machine, "user")
+    assert running is not None and end is not None
+    await end
+    await rig.die()
+    after = rig.again()
+    after.driver.find_machines = lambda: {machine.id: running}  # type: ignore[method-assign]  # it is gone since
+    try:
+        await after.load(an_app(), is_first=False)
+        assert after.machine().state is MachineState.STOPPED and after.machine().row.exit_signal == signal.SIGINT
     finally:
         await after.close()
 
