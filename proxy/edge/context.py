@@ -80,6 +80,7 @@ class EdgeContext:
         self.table = Table(public_ports, lambda slot: memory.app_base(worker, slot), memory.workers)
         self.public_ports = public_ports
         self.rng = random.Random()
+        self.held_bytes = 0  # of request bodies that have no machine to go to yet
         self.scores = MachineScores()
         self.table.on_moved = self.scores.forget
         self.replays = ReplayCache()

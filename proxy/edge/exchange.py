@@ -53,6 +53,7 @@ _BLAMED = frozenset(
 )  # fmt: skip
 _RACES = 3  # lost against other workers for a place, before it stands in line
 HOLD_BYTES = 64 * 1024  # of a body held while there is no machine to send it to
+HELD_MAX_BYTES = 128 * 1024 * 1024  # of all such bodies of a worker
 
 
 class Stream(Protocol):
@@ -88,60 +89,13 @@ class Exchange:
     """One request. Created by a stream when a head is whole; gone when the record is written."""
 
     __slots__ = (
-        "app",
-        "attempts",
-        "body_done",
-        "body_max",
-        "bytes_in",
-        "bytes_out",
-        "cache_status",
-        "chunked_out",
-        "client_held",
-        "close_after",
-        "code",
-        "collected",
-        "connecting",
-        "cookie",
-        "counted_app",
-        "counted_slot",
-        "detail",
-        "edge",
-        "ended",
-        "extra",
-        "failed",
-        "first_byte_ns",
-        "handing",
-        "handover",
-        "head",
-        "head_only",
-        "health_wait",
-        "held",
-        "held_bytes",
-        "kept",
-        "machine",
-        "port",
-        "queue_ticket",
-        "queued_since",
-        "replayed",
-        "request_id",
-        "response",
-        "sent_ns",
-        "session",
-        "started_ns",
-        "started_unix",
-        "status",
-        "stream",
-        "ticket",
-        "trailers",
-        "tried",
-        "tunnel",
-        "upstream",
-        "upstream_full",
-        "upstream_held",
-        "wake_machine",
-        "wake_ns",
-        "wakes",
-        "want",
+        "app", "attempts", "body_done", "body_max", "bytes_in", "bytes_out", "cache_status", "chunked_out",
+        "client_held", "close_after", "code", "collected", "connecting", "cookie", "counted_app", "counted_slot",
+        "detail", "edge", "ended", "extra", "failed", "first_byte_ns", "handing", "handover", "head", "head_only",
+        "health_wait", "held", "held_bytes", "kept", "machine", "port", "queue_ticket", "queued_since", "replayed",
+        "request_id", "response", "sent_ns", "session", "started_ns", "started_unix", "status", "stream", "ticket",
+        "trailers", "tried", "tunnel", "upstream", "upstream_full", "upstream_held", "wake_machine", "wake_ns",
+        "wakes", "want",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeContext, stream: Stream, head: RequestHead) -> None:
@@ -543,7 +497,7 @@ class Exchange:
         limit = app.record.limits.first_byte_timeout_s
         if head.expects_continue and limit is not None:
             connection.arm(limit)  # the client waits for the machine's word, and sends no last byte before it
-        held, self.held, self.held_bytes = self.held, None, 0
+        held = self._take_held()
         if handover is not None and handover.sends_again and self.bytes_in:
             if self.kept is None or not self.kept.is_replayable:
                 self.refuse(ProxyError(Code.REPLAY_BODY_GONE, detail="the body outgrew what is kept while it waited"))
@@ -594,9 +548,20 @@ class Exchange:
                 self.held = []
             self.held.append(data)
             self.held_bytes += len(data)
-            if self.held_bytes > HOLD_BYTES and not self.client_held:
+            self.edge.held_bytes += len(data)
+            if self.edge.held_bytes > HELD_MAX_BYTES:
+                detail = "too much is held for machines that start"
+                self.on_request_broken(ProxyError(Code.TOO_MANY_WAITERS, detail=detail, retry_after_s=1))
+            elif self.held_bytes > HOLD_BYTES and not self.client_held:
                 self.client_held = True
                 self.stream.pause_body()
+
+    def _take_held(self) -> list[bytes] | None:
+        """What was held of the body is somebody else's now, or nobody's."""
+        held, self.held = self.held, None
+        self.edge.held_bytes -= self.held_bytes
+        self.held_bytes = 0
+        return held
 
     def _keep(self, data: bytes) -> None:
         """A copy for a replay, as far as the budgets go."""
@@ -732,7 +697,7 @@ class Exchange:
             except ProxyError as error:
                 self.refuse(error)
                 return
-        self.held, self.held_bytes = None, 0
+        self._take_held()
         if self.replayed is not None:
             self.replayed.cancel()
             self.replayed = None
@@ -1026,7 +991,7 @@ class Exchange:
         connection, self.upstream = self.upstream, None
         if connection is not None:
             connection.abort()
-        self.held = None
+        self._take_held()
         self._release_body()
         self.on_upstream_resume()
         if self.client_held:

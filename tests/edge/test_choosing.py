@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
+import struct
 from collections import Counter
 from typing import Any
+
+import pytest
 
 from proxy.ipc import Wake
 from proxy.model import App, AppLimits, AppName, Balance, Machine, MachineState
@@ -179,3 +182,24 @@ async def test_by_reported_load_the_one_that_says_less_gets_the_requests_and_cli
     assert Counter([(await _ask(edge))[1] for _ in range(30)]) == {b"two": 30}
     answer = await edge.request(b"GET / HTTP/1.1\r\nHost: hello.apps.test\r\n\r\n")
     assert b"machine-load" not in answer
+
+
+async def test_bodies_held_for_machines_that_start_are_bounded_in_sum_too(
+    edge: EdgeHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.edge.exchange.HELD_MAX_BYTES", 50_000)
+    edge.set_app(edge.app(edge.machine(1, state=STOPPED)))
+    head = b"POST / HTTP/1.1\r\nHost: hello.apps.test\r\nContent-Length: 40000\r\n\r\n"
+    _, first = await edge.connect()
+    first.write(head + b"x" * 40_000)
+    async with asyncio.timeout(5):
+        while edge.edge.held_bytes < 40_000:
+            await asyncio.sleep(0.005)
+    answer = await edge.request(head + b"x" * 40_000)
+    assert answer.startswith(b"HTTP/1.1 503") and b"WM02" in answer and b"retry-after: 1" in answer
+    assert edge.edge.held_bytes == 40_000
+    first.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    first.transport.abort()
+    async with asyncio.timeout(5):
+        while edge.edge.held_bytes:
+            await asyncio.sleep(0.005)
