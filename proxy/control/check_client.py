@@ -1,4 +1,4 @@
-"""Asks a machine one health question: does this port accept a connection, does this request get a 2xx?
+"""Asks a machine one question: does this port accept a connection, what does this request get?
 
 Machines may hang or lie. An answer is read by the same rules as those that pass through the edge, and only as far as
 its head: 64 KiB, 100 fields, 8 informational answers before it. A redirect is an answer like any other, and all ends
@@ -48,6 +48,7 @@ class Finding:
 
     passes: bool
     output: str
+    status: int | None = None  # of the answer, if one came
 
 
 class CheckClient:
@@ -110,7 +111,7 @@ class CheckClient:
         passes = 200 <= head.status < 300
         if not passes and (text := _text(bytes(answer.body))):
             output += f": {text}"  # where programs say what is wrong
-        return Finding(passes, output)
+        return Finding(passes, output, head.status)
 
     async def _context(self, check: Check) -> ssl.SSLContext:
         """Reading the system's authorities takes some 20 ms, so that is done once and in a thread."""

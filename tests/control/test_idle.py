@@ -259,6 +259,14 @@ async def test_a_machine_that_does_not_answer_or_listen_is_not_busy(rig: Rig) ->
         assert len(asked) == 1
 
 
+async def test_a_flood_of_informational_answers_neither_says_busy_nor_is_heard_to_its_end(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    flood = b"HTTP/1.1 102 Processing\r\n\r\n" * 1000
+    async with answering(machine, flood + status(423)):
+        assert await says_it_is_busy(machine, "/", plain_socket, timeout_s=30.0) is False
+
+
 async def test_a_machine_that_says_it_is_busy_is_asked_again_later_and_stopped_when_it_is_done(rig: Rig) -> None:
     await rig.load(an_app(idle_timeout_s=10.0, busy="/busy"))
     machine, idle = rig.machine(), watch(rig)
