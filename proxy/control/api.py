@@ -209,7 +209,7 @@ class Api:
         if request.path == "/healthz" or (request.path == "/metrics" and _is_loopback(request.remote)):
             return
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        given = token.strip().encode() if scheme.lower() == "bearer" else b""
+        given = token.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
         if not hmac.compare_digest(given, self._token.encode()):
             raise ApiError(
                 401, "unauthenticated", "a bearer token is needed: it is in admin.token of the node's data_dir"
@@ -368,7 +368,7 @@ class Api:
         machine = self._machine(request)
         ttl_s = _ttl_s(request.query.get("ttl", body.get("ttl")))
         description = body.get("description") or ""
-        if not isinstance(description, str) or len(description) > LONGEST_DESCRIPTION:
+        if not isinstance(description, str) or len(description) > LONGEST_DESCRIPTION or not _is_text(description):
             raise ApiError(
                 400, "invalid_argument", f"description: expected a text of up to {LONGEST_DESCRIPTION} characters"
             )
@@ -641,11 +641,20 @@ async def _body(request: web.Request, required: bool = False) -> Json:
         return {}
     try:
         body = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_argument", f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_argument", "the body is not a JSON object")
     return body
+
+
+def _is_text(value: str) -> bool:
+    """Half of a surrogate pair, which JSON can have, could not be kept: no record of the machine would be any more."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _signal_number(name: object) -> int:
@@ -662,7 +671,7 @@ def _duration_s(value: object) -> float | None:
     if value is None or value == "":
         return None
     if isinstance(value, int) and not isinstance(value, bool):
-        return min(max(0.0, value / 1e9), MAX_KILL_TIMEOUT_S)
+        return min(max(0, value), int(MAX_KILL_TIMEOUT_S * 1e9)) / 1e9
     if isinstance(value, str) and (match := _DURATION.fullmatch(value)):
         factor = {"ms": 1e-3, "m": 60.0}.get(match[2], 1.0)
         return min(float(match[1]) * factor, MAX_KILL_TIMEOUT_S)

@@ -47,7 +47,9 @@ class Leases:
         lease = self.held(machine)
         if lease is None and nonce:
             raise LeaseConflict(f"the lease of machine {machine.id} that this names has expired or was given back")
-        if lease is not None and not hmac.compare_digest((nonce or "").encode(), lease.nonce.encode()):
+        if lease is not None and not hmac.compare_digest(
+            (nonce or "").encode("utf-8", "surrogateescape"), lease.nonce.encode()
+        ):
             what = "another lease" if nonce else "a lease"
             raise LeaseConflict(
                 f"{what} of machine {machine.id} is held by {lease.owner} until {lease.expires_at}"

@@ -120,6 +120,46 @@ async def test_a_foreign_origin_is_refused_even_with_the_token(client: Client, o
     assert (await client.ask("GET", "/v1/status", headers={"Origin": origin.format(client.port)}))[0] == status
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/stop", '{"timeout": ' + "9" * 400 + ', "signal": 9}'),
+        ("/stop", '{"timeout": 1e999}'),
+        ("/lease", '{"ttl": NaN}'),
+        ("/lease", '{"ttl": ' + "9" * 5000 + "}"),
+        ("/lease", "[" * 60_000),
+        ("/lease", '{"description": "\\ud800"}'),
+        ("/metadata", '{"metadata": {"a": 1}}'),
+        ("/metadata", '{"a": "\\udc00"}'),
+    ],
+)
+async def test_a_body_that_makes_no_sense_is_refused(client: Client, path: str, body: str) -> None:
+    status, answer = await client.ask("POST", path_of(client) + path, data=body)
+    assert status == 400 and answer["status"] == "invalid_argument"
+
+
+async def test_a_timeout_of_any_size_is_cut_to_the_longest(client: Client) -> None:
+    assert (await client.ask("POST", path_of(client) + "/stop", data='{"timeout": ' + "9" * 400 + "}"))[0] == 200
+
+
+async def test_a_token_and_a_nonce_of_any_bytes_are_just_wrong(client: Client) -> None:
+    path = path_of(client)
+    assert (await client.ask("POST", path + "/lease"))[0] == 201
+    bearer = b"Authorization: Bearer "
+    for fields, status in (
+        (bearer + b"\xff\xfe", b"401"),
+        (bearer + client.token.encode() + b"\r\nfly-machine-lease-nonce: \xff\xfe", b"409"),
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+        host = f"Host: 127.0.0.1:{client.port}\r\n".encode()
+        writer.write(
+            b"POST " + path.encode() + b"/start HTTP/1.1\r\nConnection: close\r\n" + host + fields + b"\r\n\r\n"
+        )
+        assert (await reader.read()).split()[1] == status
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_a_body_over_the_limit_is_refused(client: Client) -> None:
     status, body = await client.ask("POST", path_of(client) + "/stop", data=b"x" * (MAX_BODY_BYTES + 1))
     assert status == 413 and "error" in body

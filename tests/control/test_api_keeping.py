@@ -218,6 +218,14 @@ async def test_a_ttl_that_makes_no_sense_is_refused(client: Client, ttl: Any) ->
     assert (status, answer["status"]) == (400, "invalid_argument")
 
 
+async def test_a_description_that_could_not_be_kept_takes_no_lease_and_harms_no_record(client: Client) -> None:
+    assert (await take(client, ttl=60, description="half \ud800"))[0] == 400
+    machine = await client.rig.started()
+    client.rig.store.flush()
+    assert machine.row.lease is None
+    assert {row.id: row.state for row in client.rig.store.machines()}[machine.id] == MachineState.STARTED
+
+
 async def test_the_ttl_may_stand_in_the_query_and_is_flyctls_without_one(client: Client) -> None:
     path, now = path_of(client) + "/lease", client.rig.clock.unix()
     status, answer = await ask(client, "POST", path + "?ttl=120")
