@@ -210,9 +210,12 @@ class Store:
         ]
 
     def checkpoint(self) -> None:
-        """Move the log into the database. May wait for the disk: call it in a thread."""
-        with contextlib.closing(sqlite3.connect(self.path, timeout=1.0)) as other:
-            other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        """Move the log into the database. May wait for the disk: call it in a thread. What fails is tried again."""
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=1.0)) as other:
+                other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except sqlite3.Error as error:  # a full disk, or no descriptor left
+            self._tell(error)
 
     def close(self) -> None:
         self.flush()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sqlite3
 from pathlib import Path
 
@@ -115,6 +116,18 @@ def test_a_checkpoint_beside_a_writer_loses_nothing(tmp_path: Path) -> None:
     store.save(a_row(version=50))
     store.close()
     assert Store(store.path).machines()[0].version == 50
+
+
+def test_a_checkpoint_that_fails_is_told_and_raises_nothing(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "a.db"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        store.checkpoint()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    store.checkpoint()
+    assert len(store.faults) == 1 and "cannot be written" in store.faults[0]
 
 
 def test_the_database_is_for_its_owner_only(tmp_path: Path) -> None:
