@@ -377,12 +377,14 @@ class Link(asyncio.Protocol):
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()
         wait_s = 0.02
+        address = ""  # made once: that of a long path holds a descriptor
         while True:
             self._lost.clear()
             try:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
                 try:
-                    await loop.sock_connect(sock, unix_address(self._run_dir, "control.sock"))
+                    address = address or unix_address(self._run_dir, "control.sock")
+                    await loop.sock_connect(sock, address)
                 except BaseException:
                     sock.close()
                     raise
