@@ -6,8 +6,10 @@ supervisor reads no configuration. `ChildContext` is what a forked child finds: 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import socket
 import ssl
 from dataclasses import asdict, dataclass, field
@@ -69,6 +71,14 @@ class ChildContext:
     control_listener: socket.socket | None = None  # Unix stream listener at run_dir/control.sock; control accepts on it
     channel: socket.socket | None = None  # Unix SEQPACKET to the supervisor, JSON messages
     tls_context: ssl.SSLContext | None = None  # the base context; owns the ticket keys, made before any fork
+
+
+def raise_open_files() -> None:
+    """Raise RLIMIT_NOFILE to what the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def unix_address(directory: str, name: str) -> str:

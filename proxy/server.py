@@ -45,7 +45,7 @@ from proxy.machines.process import ProcessDriver
 from proxy.machines.static import StaticDriver
 from proxy.metrics import AppCells, MachineFacts, Metrics, NodeFacts
 from proxy.model import MachineId, MachineState
-from proxy.process import ChildContext
+from proxy.process import ChildContext, raise_open_files
 from proxy.state import SharedMemory
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def run(ctx: ChildContext) -> int:
     """The control process, from fork to exit status."""
     begin_logging("control")
     sys.setswitchinterval(_SWITCH_S)
+    raise_open_files()  # a machine costs one to three, and one more for each probe or check
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(ctx))
 

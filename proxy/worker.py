@@ -51,7 +51,7 @@ from proxy.ipc import (
     encode,
     write,
 )
-from proxy.process import ChildContext, unix_address
+from proxy.process import ChildContext, raise_open_files, unix_address
 from proxy.state import W_LOOP_LAG_US, SharedMemory
 
 BEAT_S = 0.5
@@ -77,15 +77,6 @@ def run(ctx: ChildContext) -> int:
         worker.close()
         loop.close()
     return 0
-
-
-def raise_open_files() -> int:
-    """Raise RLIMIT_NOFILE to what the system allows. Returns the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def connection_limit(configured: int) -> int:

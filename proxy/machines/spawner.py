@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import queue
+import resource
 import signal
 import subprocess
 import threading
@@ -28,6 +29,7 @@ from proxy.model import MachineId
 _log = logging.getLogger(__name__)
 
 _DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
+_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)  # what machines get: control raises its own later
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +304,8 @@ def _identify(pid: int, spec: MachineSpec) -> Spawned:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise DriverError(f"machine {spec.id}: cannot watch its process: {error.strerror}") from error
+    with contextlib.suppress(OSError):  # another user's, or it has ended
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, _OPEN_FILES)
     stat = proc.read_stat(pid)
     assert stat is not None  # it is our child and not reaped
     return Spawned(Running(pid, stat.start_ticks, netns_pid=pid if spec.own_network else 0), pidfd)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -189,6 +190,22 @@ async def pid_of(setting: Setting, machine: MachineId, app: str = "web") -> int:
     _, shown = await setting.ask("GET", f"/v1/apps/{app}/machines/{machine}")
     assert isinstance(shown["pid"], int)
     return int(shown["pid"])
+
+
+async def test_control_raises_its_limit_on_open_files_and_leaves_that_of_machines(setting: Setting) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    setting.serving()
+    setting.write()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        await setting.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    machine = machine_of(await setting.connect())
+    assert (await setting.wake(machine)).code is None
+    assert setting.process is not None
+    assert resource.prlimit(setting.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    assert resource.prlimit(await pid_of(setting, machine.id), resource.RLIMIT_NOFILE) == (256, hard)
 
 
 async def test_a_wake_of_a_worker_starts_the_program_and_a_drain_ends_it(setting: Setting) -> None:
