@@ -48,8 +48,8 @@ async def wait_until_listening(
     Connections are closed at once, without a byte.
     """
     probe = _Probe(endpoint, netns_pid, deadline, clock, make_socket)
-    probe.attempt()
     try:
+        probe.attempt()
         return await probe.found
     finally:
         probe.close()
@@ -124,10 +124,13 @@ class _Probe:
     def _ring(self) -> None:
         if self.found.done():
             return
-        if self._pending:
-            self._end_attempt()
-        else:
-            self.attempt()
+        try:
+            if self._pending:
+                self._end_attempt()
+            else:
+                self.attempt()
+        except Exception as error:  # who waits has no other end than ours
+            self.found.set_exception(error)
 
     def _settle(self, found: bool) -> None:
         if not self.found.done():

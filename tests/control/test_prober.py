@@ -165,6 +165,20 @@ async def test_a_cancelled_probe_leaves_no_descriptor_behind() -> None:
     assert made and all(one.fileno() == -1 for one in made)
 
 
+async def test_an_attempt_that_fails_in_an_unforeseen_way_ends_the_wait() -> None:
+    failures: list[Exception] = [OSError("not yet"), RuntimeError("what is this")]
+
+    def failing(netns_pid: int, family: int) -> socket.socket:
+        raise failures.pop(0)
+
+    clock = FakeClock()
+    waiting = wait_until_listening(Endpoint(80, "127.0.0.1", a_free_port()), 0, 1010.0, clock, failing)
+    probe = asyncio.get_running_loop().create_task(waiting, name="probe")
+    await clock.advance(0.01)
+    with pytest.raises(RuntimeError, match="what is this"):
+        await asyncio.wait_for(probe, 1)
+
+
 async def test_short_alarms_of_the_fine_clock_ring_on_time() -> None:
     rang = asyncio.Event()
     alarm = FineClock().alarm(rang.set)
