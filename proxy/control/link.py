@@ -127,7 +127,9 @@ class Hub:
         frame = ipc.encode(ipc.CordonAsk(machine.app.name, machine.id, self._sequence))
         cordon = _Cordon(self._sequence, frame, asyncio.get_running_loop().create_future())
         self._cordons[machine.id] = cordon
-        self._broadcast(frame)
+        for link in list(self._links.values()):
+            if link.is_loaded:  # the others are asked when they are: what a table says of a machine lifts its cordon
+                link.send_frame(frame)
         self._judge(cordon)
         try:
             async with asyncio.timeout(CORDON_TIMEOUT_S):
@@ -211,6 +213,7 @@ class Link(asyncio.Protocol):
         self.awaited: set[MachineId] = set()  # wakes whose end this worker is to be told
         self.slot = -1
         self.pid = 0
+        self.is_loaded = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         stream = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
@@ -274,6 +277,7 @@ class Link(asyncio.Protocol):
             await asyncio.sleep(0)
         self.send(ipc.TableEnd())
         if self._transport is not None:
+            self.is_loaded = True
             self._hub.loaded(self)
 
     def send(self, message: ipc.Message) -> None:

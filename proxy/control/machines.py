@@ -784,6 +784,7 @@ class Fleet:
         if machine.handshake is not None or not self._is_steady(machine):
             return False
         won = machine.handshake = asyncio.get_running_loop().create_future()
+        version = machine.row.version
         try:
             if not await self._cordons.cordon(machine):
                 return False
@@ -795,6 +796,8 @@ class Fleet:
             if won.done() or not self._is_steady(machine) or self._memory.in_flight(machine.row.slot):
                 return False
             if machine.row.cordoned or not may_end():  # a cordon came meanwhile: the machine is the operator's
+                return False
+            if machine.row.version != version:  # with a newer record, of its checks say, workers choose it again
                 return False
             if mode is Autostop.SUSPEND and machine.driver.can_suspend:
                 self.suspend(machine, "proxy", or_stop=True)

@@ -250,6 +250,27 @@ async def test_a_worker_that_is_replaced_during_a_cordon_is_asked_again(setting:
     assert await asking
 
 
+async def test_a_worker_is_asked_for_a_cordon_only_once_it_has_the_table(setting: Setting, rig: Rig) -> None:
+    """What the table says of the machine would lift the cordon that it had acknowledged."""
+    await rig.load(an_app())
+    for number in range(link_module._SLICE * 3):
+        name = AppName(f"app{number}")
+        setting.records.apps[name] = App(name, (), ())
+    worker = await setting.worker()
+    worker.send(ipc.WorkerHello(ipc.PROTOCOL, 0, 1))
+    while not (links := setting.hub._links):
+        await asyncio.sleep(0)
+    links[0].pause_writing()
+    asking = asyncio.get_running_loop().create_task(setting.hub.cordon(rig.machine()), name="cordon")
+    await asyncio.sleep(0)
+    links[0].resume_writing()
+    seen = await worker.until(ipc.TableEnd)
+    assert not any(isinstance(message, ipc.CordonAsk) for message in seen)
+    assert isinstance(await worker.next(), ipc.CordonAsk)
+    setting.hub.lift(rig.machine())
+    await asking
+
+
 async def test_a_cordon_that_a_living_worker_does_not_acknowledge_fails(setting: Setting, rig: Rig) -> None:
     link_module.CORDON_TIMEOUT_S, before = 0.05, link_module.CORDON_TIMEOUT_S
     try:

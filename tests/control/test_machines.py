@@ -524,6 +524,15 @@ async def test_a_wake_during_the_handshake_wins(rig: Rig) -> None:
     assert machine.state is MachineState.STARTED
 
 
+async def test_what_its_checks_say_during_the_handshake_lifts_the_cordon_and_keeps_the_machine(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = await rig.started()
+    rig.cordons.on_cordon = lambda one: rig.fleet.set_failing(one, (8080,))
+    assert not await rig.fleet.end_if_unused(machine, Autostop.STOP)
+    assert machine.state is MachineState.STARTED
+    assert await rig.fleet.end_if_unused(machine, Autostop.STOP)
+
+
 async def test_a_stop_with_a_drain_lets_requests_finish_and_later_ones_wait_for_the_next_start(rig: Rig) -> None:
     await rig.load(an_app())
     machine = await rig.started()
