@@ -813,9 +813,9 @@ class Fleet:
         self._set_cordoned(machine, True)
         if machine.handshake is not None or not self._is_steady(machine):
             return True  # nothing was sent to it anyway, or a handshake of its own sees to that
-        machine.handshake = asyncio.get_running_loop().create_future()
+        won = machine.handshake = asyncio.get_running_loop().create_future()
         try:
-            return await self._cordons.cordon(machine)
+            return await self._cordons.cordon(machine) and not won.done()  # a wake ended the wait, no worker's word
         finally:
             machine.handshake = None
             self._cordons.lift(machine)

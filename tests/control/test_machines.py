@@ -533,6 +533,18 @@ async def test_what_its_checks_say_during_the_handshake_lifts_the_cordon_and_kee
     assert await rig.fleet.end_if_unused(machine, Autostop.STOP)
 
 
+async def test_a_wake_while_workers_are_asked_to_keep_to_a_cordon_is_no_word_of_theirs(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = await rig.started()
+    rig.cordons.gate = asyncio.Event()
+    asking = asyncio.get_running_loop().create_task(rig.fleet.cordon(machine), name="cordon")
+    await settle()
+    assert rig.fleet.wake(machine.id, "user").done()  # lifts it, and so ends the wait
+    rig.cordons.gate.set()
+    assert await asking is False
+    assert machine.row.cordoned and machine.handshake is None
+
+
 async def test_a_stop_with_a_drain_lets_requests_finish_and_later_ones_wait_for_the_next_start(rig: Rig) -> None:
     await rig.load(an_app())
     machine = await rig.started()
