@@ -136,10 +136,10 @@ def test_whatever_happens_to_machines_every_request_is_answered_or_refused_with_
         ledger, done = asyncio.run(_soak(node, seed))
         after = {pid: _private_bytes(pid) for pid in node.worker_pids}
         left = {machine["id"]: machine["state"] for machine in node.machines("counted")}
-    grown = {pid: (after[pid] - before[pid]) / 2**20 for pid in before}
-    print(f"sent {ledger.sent}, answered {ledger.answered}, refused {dict(ledger.refused)}, deeds {dict(done)}, {left}")
-    print(f"workers grew by {', '.join(f'{one:.1f}' for one in grown.values())} MiB")
-    assert ledger.unexplained == [] and ledger.hung == 0
+        grown = {pid: (after[pid] - before[pid]) / 2**20 for pid in before}
+        print(f"sent {ledger.sent}, answered {ledger.answered}, refused {dict(ledger.refused)}, hung {ledger.hung}")
+        print(f"deeds {dict(done)}, {left}, workers grew by {', '.join(f'{one:.1f}' for one in grown.values())} MiB")
+        assert ledger.unexplained == [] and ledger.hung == 0
     assert ledger.sent == ledger.answered + ledger.refused.total()
     assert ledger.answered > ledger.sent // 2
     counts = Counter(posts.read_text().split())
