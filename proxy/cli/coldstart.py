@@ -8,7 +8,6 @@ they are put on one scale by Unix time, so the bench runs on the node's host.
 from __future__ import annotations
 
 import http.client
-import json
 import ssl
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 
 from proxy.cli.client import ca_pem, wait_for_state
 from proxy.cli.failure import USAGE, CliError
-from proxy.cli.node import Api, ApiError, FoundMachine, app_path, list_machines, machine_path, unknown_app
+from proxy.cli.node import Api, ApiError, FoundMachine, app_path, bound_ports, list_machines, machine_path, unknown_app
 from proxy.cli.output import print_json, say, table
 from proxy.cli.visit import Answer, Times, percentile, trusting, visit
 
@@ -93,12 +92,7 @@ def listen_address(api: Api, public_port: int) -> tuple[str, int]:
     data_dir = api.node.data_dir
     if data_dir is None:
         raise CliError("The bench runs where the node runs: name its config.toml with --config.", USAGE)
-    record = data_dir / "run" / "children.json"
-    try:
-        listen = json.loads(record.read_text())["listen"]
-    except (OSError, ValueError) as error:
-        raise CliError(f"Cannot read where the node listens ({record}: {error}).") from error
-    for one in listen:
+    for one in bound_ports(data_dir):
         if one["public_port"] == public_port:
             host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(one["host"], one["host"])
             return host, int(one["port"])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
-from proxy.cli.node import Api
+from proxy.cli.node import Api, bound_ports
 from proxy.cli.output import print_json, say
 
 
 def explain(api: Api, url: str, method: str, headers: list[str], source: str, as_json: bool) -> None:
     """Ask the node, and tell the steps."""
-    asked = {"url": url, "method": method, "headers": headers, "source": source}
+    asked = {"url": _with_public_port(api, url), "method": method, "headers": headers, "source": source}
     found: dict[str, Any] = api.post("/v1/explain", asked)  # Any: JSON
     if as_json:
         print_json(found)
@@ -19,6 +20,22 @@ def explain(api: Api, url: str, method: str, headers: list[str], source: str, as
     for step in found["steps"]:
         say(f"{step['step']:<{width}}  {step['text']}")
     say(_verdict(found))
+
+
+def _with_public_port(api: Api, url: str) -> str:
+    """The URL with the public port in the place of the one that is bound for it here: the node knows only the former.
+
+    A URL that makes no sense is left as it is; the node says what is wrong with it.
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"https://{url}")
+        port = parts.port
+    except ValueError:
+        return url
+    if port is None or api.node.data_dir is None:
+        return url
+    public = {one["port"]: one["public_port"] for one in bound_ports(api.node.data_dir)}.get(port, port)
+    return urlunsplit(parts._replace(netloc=f"{parts.netloc.rpartition(':')[0]}:{public}"))
 
 
 def _verdict(found: dict[str, Any]) -> str:  # Any: JSON

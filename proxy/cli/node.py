@@ -111,6 +111,16 @@ def _split_address(address: str, where: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
+def bound_ports(data_dir: Path) -> list[dict[str, Any]]:
+    """Each public port with the `host` and `port` it is bound to here: what the node's supervisor has written down."""
+    record = data_dir / "run" / "children.json"
+    try:
+        listen: list[dict[str, Any]] = json.loads(record.read_text())["listen"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CliError(f"Cannot read where the node listens ({record}: {error}).") from error
+    return listen
+
+
 class ApiError(CliError):
     """The node answered, but not as hoped. `status` is the HTTP status, `body` its JSON (or text) answer."""
 
