@@ -23,7 +23,8 @@ from proxy.decide.headers import (
     trailer_block,
 )
 from proxy.edge.access import AccessGate
-from proxy.edge.exchange import Exchange, error_page
+from proxy.edge.error_page import error_page
+from proxy.edge.exchange import Exchange
 from proxy.edge.flow import ReadGate
 from proxy.edge.relay import Tunnel
 from proxy.edge.table import PortView

@@ -2,56 +2,52 @@
 
 An Exchange knows no HTTP version towards the client: it talks to a `Stream`. It is synchronous while nothing must be
 waited for: a running machine with a kept connection costs no task. What is waited for calls back: a connection being
-made (`on_connected`), a machine being woken (`_on_woken`).
+made (`on_connected`), a machine's start, a check that passes or a place in line (`on_waited`). Which machine it goes to
+is choice.py's, what comes of a replay handover.py's.
 
-    run (route, access, redirect, steer) -> choose -> _attempt -> [connect] -> _send -> answer's head -> relay -> _end
-                                            |  ^                      |              |
-                                    wake, queue+------- retry --------+--- replay ---+
+    run (route, access, redirect, steer) -> choose -> attempt -> [connect] -> _send -> answer's head -> relay -> _end
+                                            |  ^                     |              |
+                                    wake, queue+------- retry -------+--- replay ---+
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from proxy.clock import monotonic_ns, unix
-from proxy.decide.balance import Preference, choose_machine
+from proxy.decide.balance import Preference
 from proxy.decide.ewma import LOAD_HEADER
 from proxy.decide.headers import redirect_target, request_head, response_framing, trailer_block
-from proxy.decide.replay import MAX_JSON_BYTES, Directive, parse_headers, parse_json
+from proxy.decide.replay import Directive
 from proxy.decide.replay_key import SessionKey
 from proxy.decide.retry import SAFE_METHODS, Step, next_step
-from proxy.decide.wake import Held, choose_to_wake
 from proxy.edge.access import AccessGate
 from proxy.edge.access_log import Record
 from proxy.edge.body import KeptBody, Replayed
+from proxy.edge.choice import may_go, pick, wake
+from proxy.edge.error_page import error_page
 from proxy.edge.handover import Handover
-from proxy.edge.queue import Ticket
 from proxy.edge.relay import Tunnel
+from proxy.edge.replay_answer import ReplayAnswer, replay_answer
 from proxy.edge.steering import steer, stick
-from proxy.edge.table import AppView, MachineView, PortView, ServiceView
+from proxy.edge.table import AppView, MachineView, PortView
 from proxy.edge.upstream import UpstreamConnection, pool_for
-from proxy.edge.wake_rules import may_wake
-from proxy.edge.waker import HealthWait
 from proxy.errors import Code, ProxyError, Retry, Source, http_status
 from proxy.ipc import PassiveFailure
 from proxy.model import AppName, MachineId
-from proxy.wire.http1 import CHUNKED, UNTIL_CLOSE, Headers, RequestHead, ResponseHead
+from proxy.wire.http1 import CHUNKED, Headers, RequestHead, ResponseHead
 
 if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
 
-DISCARD_BYTES = 64 * 1024  # of an answer that is a replay, read to its end so that its connection can be kept
-DISCARD_S = 2.0
-_IN_JSON = Directive()  # stands for one that is still being read
 _BLAMED = frozenset(
     {
         Code.CONNECT_REFUSED, Code.CONNECT_RESET, Code.CONNECT_TIMEOUT, Code.CONNECT_IO, Code.REQUEST_UNFINISHED,
         Code.RESPONSE_INVALID, Code.FIRST_BYTE_TIMEOUT,
     }
 )  # fmt: skip
-_RACES = 3  # lost against other workers for a place, before it stands in line
 HOLD_BYTES = 64 * 1024  # of a body held while there is no machine to send it to
 HELD_MAX_BYTES = 128 * 1024 * 1024  # of all such bodies of a worker
 
@@ -85,17 +81,22 @@ class Stream(Protocol):
         """Say that no more comes, and go on receiving. False where only both ways can be closed."""
 
 
+class Wait(Protocol):
+    """What a request waits for before a machine has it: a place in line, or a machine whose checks pass."""
+
+    def cancel(self) -> None: ...
+
+
 class Exchange:
     """One request. Created by a stream when a head is whole; gone when the record is written."""
 
     __slots__ = (
-        "app", "attempts", "body_done", "body_max", "bytes_in", "bytes_out", "cache_status", "chunked_out",
-        "client_held", "close_after", "code", "collected", "connecting", "cookie", "counted_app", "counted_slot",
-        "detail", "edge", "ended", "extra", "failed", "first_byte_ns", "handing", "handover", "head", "head_only",
-        "health_wait", "held", "held_bytes", "kept", "machine", "port", "queue_ticket", "queued_since", "replayed",
-        "request_id", "response", "sent_ns", "session", "started_ns", "started_unix", "status", "stream", "ticket",
-        "trailers", "tried", "tunnel", "upstream", "upstream_full", "upstream_held", "wake_machine", "wake_ns",
-        "wakes", "want",
+        "app", "attempts", "body_done", "bytes_in", "bytes_out", "cache_status", "chunked_out", "client_held",
+        "close_after", "code", "connecting", "cookie", "counted_app", "counted_slot", "detail", "edge", "ended",
+        "extra", "failed", "first_byte_ns", "gate", "handing", "handover", "head", "head_only", "held", "held_bytes",
+        "kept", "machine", "port", "queued_since", "replayed", "request_id", "response", "sent_ns", "session",
+        "started_ns", "started_unix", "status", "stream", "ticket", "trailers", "tried", "tunnel", "upstream",
+        "upstream_full", "upstream_held", "wait", "wake_machine", "wake_ns", "wakes", "want",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeContext, stream: Stream, head: RequestHead) -> None:
@@ -113,18 +114,16 @@ class Exchange:
         self.connecting: asyncio.Task[None] | None = None
         self.counted_slot = -1
         self.counted_app = -1  # slot of the app whose hard limit the count is under; -1: none
-        self.queue_ticket: Ticket | None = None  # its place in line for a machine below its hard limit
-        self.queued_since = 0
+        self.wait: Wait | None = None
+        self.queued_since = 0  # since when it has its place in line for a machine below its hard limit
         self.want: Preference | None = None  # what the client asks for
         self.extra = b""  # header lines for the machine beside the usual ones
-        self.health_wait: HealthWait | None = None
         self.handover: Handover | None = None  # once a replay, or the replay cache, has sent it elsewhere
-        self.handing: Directive | None = None  # the answer under way is a replay, and not the client's
-        self.collected: list[bytes] | None = None  # of a replay in JSON
+        self.handing: ReplayAnswer | None = None  # the answer under way is a replay, and not the client's
         self.session: SessionKey | None = None  # under which a replay of it may be remembered
         self.cache_status = b"miss"  # what the next machine is told of the replay cache: also hit, bypass
         self.cookie: MachineId | None = None  # the machine that the client's sticky cookie names
-        self.body_max = 0  # bytes of the request's body; 0 = any
+        self.gate: AccessGate | None = None  # of the app that the client asked for
         self.kept: KeptBody | None = None  # the request's body, for a replay
         self.replayed: Replayed | None = None  # it is being sent again
         self.attempts = 0
@@ -178,7 +177,7 @@ class Exchange:
             if error is not None:
                 self.refuse(error)
                 return
-            self.body_max = gate.rules.max_body_bytes or 0
+            self.gate = gate
         if port.force_https and not stream.is_tls:
             self._redirect()
             return
@@ -194,22 +193,14 @@ class Exchange:
             machine is None
             or self.tried is not None
             or self.want is not None
-            or not self._may_go(self.port.service)
-            or not self._attempt(machine)
+            or not may_go(self, self.port.service)
+            or not self.attempt(machine)
         ):
-            self._choose()
-
-    def _may_go(self, service: ServiceView) -> bool:
-        """Whether it would pass by nobody who waits for a place at a hard limit."""
-        if service.record.hard_limit is None or self.queued_since:
-            return True
-        assert self.app is not None
-        return not self.edge.queue.is_contended(self.app.record.slot)
+            pick(self)
 
     def aim(self, app: AppView, port: PortView) -> None:
         """From here on it is for this app: a replay says so."""
         self.app, self.port = app, port
-        self.response = None
         self.first_byte_ns = 0
         self.tried = None
         self.wakes = self.attempts = 0
@@ -258,168 +249,37 @@ class Exchange:
         stream.send_answer(301, ((b"location", location),), b"", self.request_id)
         self._end(close=not self.body_done)
 
-    def _choose(self) -> None:
-        port, app, edge, want = self.port, self.app, self.edge, self.want
-        assert port is not None and app is not None
-        service = port.service
-        if want is not None and (want.force is not None or want.prefer is not None) and self._named(want):
-            return
-        running: Sequence[MachineView] = service.running
-        if self.tried or (want is not None and want.exclude):
-            gone = (self.tried or set()) | (want.exclude if want is not None else frozenset())
-            running = [one for one in running if one.record.id not in gone]
-        elif edge.wheel.now < app.avoided_until:
-            running = app.without_failing(running, edge.wheel.now)
-        record = service.record
-        if not running:
-            self._choose_to_wake(service)
-            return
-        if self._may_go(service):
-            for _ in range(_RACES):
-                machine = choose_machine(
-                    running, edge.in_flight, record.soft_limit, record.hard_limit, edge.rng, app.record.balance,
-                    edge.scores, edge.wheel.now,
-                )  # fmt: skip
-                if machine is None:
-                    break
-                if self._attempt(machine):
-                    if len(service.machines) > len(service.running):
-                        self._start_another(service, machine)
-                    return
-        self._start_another(service, None)
-        self._wait_for_room(tuple(one.slot for one in running))
-
-    def _named(self, want: Preference) -> bool:
-        """The machine that was asked for, if it can take the request or be woken; else whether that ends it."""
-        assert self.app is not None and self.port is not None
-        service = self.port.service
-        name = want.force or want.prefer
-        view = self.app.machines.get(name) if name is not None else None
-        if view is not None and view in service.machines and not (self.tried and view.record.id in self.tried):
-            if view.takes_requests:
-                if want.force or view in service.running:
-                    if self._attempt(view):
-                        return True
-                    if want.force:
-                        self._wait_for_room((view.slot,))
-                        return True
-            elif service.record.autostart and not view.record.cordoned and (want.force or not service.running):
-                self._wake(view.record.id)
-                return True
-        if want.force is not None:
-            self.fail(ProxyError(Code.FORCED_UNREACHED, Source.MACHINE, detail=f"machine {name} takes no requests"))
-            return True
-        if self.cookie != name:
-            self.extra += b"fly-preferred-instance-unavailable: %b\r\n" % str(name).encode("ascii")
-        self.want = Preference(None, None, want.exclude)
-        return False
-
-    def _wait_for_room(self, slots: tuple[int, ...]) -> None:
-        """All are at their hard limit: stand in line, behind who came before, in whichever worker."""
-        app, port = self.app, self.port
-        assert app is not None and port is not None
-        limit, limits = port.service.record.hard_limit, app.record.limits
-        assert limit is not None
-        try:
-            self.queue_ticket = self.edge.queue.wait(
-                app.record.slot, slots, limit, limits.queue_timeout_s, limits.max_queued, self._on_room,
-                self.queued_since,
-            )  # fmt: skip
-        except ProxyError as error:
-            self.fail(error)
-            return
-        self.queued_since = self.queue_ticket.since_ns
-
-    def _on_room(self, error: ProxyError | None) -> None:
-        self.queue_ticket = None
+    def on_waited(self, error: ProxyError | None) -> None:
+        """What it waited for has come, or does not come."""
+        self.wait = None
+        if self.wake_machine is not None:
+            self.end_wake()
         if self.ended:
             return
-        if error is not None:
-            self.fail(error)
+        if self.upstream is not None:
+            self._on_woken_ahead(self.upstream, error)
+        elif error is None:
+            self.go_on(self._choose_again)
         else:
-            self._go_on(self._choose_again)
+            self.go_on(lambda: self.fail(error))
 
-    def _start_another(self, service: ServiceView, chosen: MachineView | None) -> None:
-        """Have one more machine started where all that run are at their soft limit; nobody waits for it."""
-        edge, record, app = self.edge, service.record, self.app
-        if not record.autostart or app is None or not edge.waker.may_start_another(app):
+    def _on_woken_ahead(self, connection: UpstreamConnection, error: ProxyError | None) -> None:
+        """The machine has had the request since before it ran."""
+        if error is None:
+            assert self.app is not None
+            limit = self.app.record.limits.first_byte_timeout_s
+            if limit is not None:
+                connection.arm(limit)
             return
-        if chosen is not None and edge.in_flight(chosen.slot) < record.soft_limit:
-            return
-        if all(edge.in_flight(one.slot) >= record.soft_limit for one in service.running):
-            edge.waker.start_another(app, service)
+        self._let_go().abort()
+        self.go_on(lambda: self.fail(error))
 
-    def _choose_to_wake(self, service: ServiceView) -> None:
-        assert self.app is not None
-        if service.is_failing:
-            self._wait_for_health(service)
-            return
-        if not service.record.autostart:
-            self.fail(ProxyError(Code.NO_CANDIDATE, detail="no machine runs and autostart is off"))
-            return
-        now = unix()
-        choice = choose_to_wake((one.record for one in self.app.machines.values()), service.record.processes, now)
-        if isinstance(choice, Held):
-            self.fail(
-                ProxyError(
-                    Code.WAKE_HELD, Source.MACHINE, detail=choice.reason,
-                    retry_after_s=max(1, round(choice.until - now)),
-                )
-            )  # fmt: skip
-        elif choice is None:
-            self.fail(ProxyError(Code.NO_CANDIDATE, detail="the app has no machine for this port"))
-        elif may_wake(self, choice):
-            self._wake(choice)
-
-    def _wait_for_health(self, service: ServiceView) -> None:
-        """Machines run, and the checks of none pass: wait for one that does (spec routing §5.4)."""
-        assert self.app is not None
-        edge, limits = self.edge, self.app.record.limits
-        if service.record.autostart:
-            edge.waker.start_another(self.app, service)
-        try:
-            self.health_wait = edge.waker.wait_for_health(service, self.app, limits.queue_timeout_s, self._on_healthy)
-        except ProxyError as error:
-            self.fail(error)
-
-    def _on_healthy(self, error: ProxyError | None) -> None:
-        self.health_wait = None
-        if self.ended:
-            return
-        if error is not None:
-            self.fail(error)
-        else:
-            self._go_on(self._choose_again)
-
-    def _wake(self, machine: MachineId) -> None:
-        assert self.app is not None
-        self.wakes += 1
-        if self.wakes > 3:
-            self.fail(ProxyError(Code.NO_CANDIDATE_AFTER_RETRIES, detail="woken three times, reached never"))
-            return
-        self.tried = None
-        self.wake_machine = machine
-        self.wake_ns -= monotonic_ns()
-        try:
-            self.ticket = self.edge.waker.wait(self.app, machine, self._on_woken)
-        except ProxyError as error:
-            self._wake_over()
-            self.fail(error)
-
-    def _wake_over(self) -> None:
+    def end_wake(self) -> None:
+        """It waits for no start any more."""
         self.wake_ns += monotonic_ns()
         self.wake_machine = None
 
-    def _on_woken(self, error: ProxyError | None) -> None:
-        self._wake_over()
-        if self.ended:
-            return
-        if error is not None:
-            self.fail(error)
-        else:
-            self._go_on(self._choose_again)
-
-    def _go_on(self, step: Callable[[], None]) -> None:
+    def go_on(self, step: Callable[[], None]) -> None:
         """Take a step that nobody's connection is on the stack of: a fault in it must end this client's wait too."""
         try:
             step()
@@ -427,20 +287,13 @@ class Exchange:
             self.edge.loop.call_exception_handler({"message": "an exchange failed", "exception": error})
             self.on_request_broken(ProxyError(Code.INTERNAL, detail=repr(error)))
 
-    def _attempt(self, machine: MachineView) -> bool:
+    def attempt(self, machine: MachineView) -> bool:
         """Send it to this machine. False, and nothing done, if that is at its hard limit by now."""
         app, port = self.app, self.port
         assert app is not None and port is not None
         service = port.service
-        if self.counted_slot != machine.slot:
-            self._release_load()
-            limit = service.record.hard_limit
-            if not self.edge.load.admit(machine.slot, limit):
-                return False
-            self.counted_slot = machine.slot
-            self.counted_app = app.record.slot if limit is not None else -1
-        self.machine = machine
-        self.attempts += 1
+        if not self._admit(machine, service.record.hard_limit):
+            return False
         pool = machine.pools.get(service.internal_port) or pool_for(self.edge, machine, service, app)
         connection = pool.take()
         if connection is None and self.wakes and self.head.length == 0 and self.head.method in SAFE_METHODS:
@@ -451,12 +304,33 @@ class Exchange:
             self._send(connection)
         return True
 
+    def _admit(self, machine: MachineView, hard_limit: int | None) -> bool:
+        """Have it counted as one of the machine's. False: no place."""
+        if self.counted_slot != machine.slot:
+            self._release_load()
+            if not self.edge.load.admit(machine.slot, hard_limit):
+                return False
+            self.counted_slot = machine.slot
+            assert self.app is not None
+            self.counted_app = self.app.record.slot if hard_limit is not None else -1
+        self.machine = machine
+        self.attempts += 1
+        return True
+
+    def send_ahead(self, machine: MachineView, connection: UpstreamConnection) -> None:
+        """Have it lie in the socket of a machine that is being resumed."""
+        assert self.port is not None
+        if self._admit(machine, self.port.service.record.hard_limit):
+            self._send(connection)
+        else:
+            connection.release(clean=True)
+
     def on_connected(self, connection: UpstreamConnection) -> None:
         self.connecting = None
         if self.ended:
             connection.release(clean=True)
             return
-        self._go_on(lambda: self._send(connection))
+        self.go_on(lambda: self._send(connection))
 
     def on_connect_failed(self, error: ProxyError) -> None:
         self.connecting = None
@@ -466,18 +340,22 @@ class Exchange:
             self.edge.link.send(
                 PassiveFailure(machine.app, machine.record.id, machine.record.version, error.code.value)
             )
-            self._go_on(lambda: self._after_failure(error))
+            self.go_on(lambda: self._after_failure(error))
 
     def _send(self, connection: UpstreamConnection) -> None:
         """Write the head and what is held of the body; from here on the body streams."""
         stream, head, port, app, edge = self.stream, self.head, self.port, self.app, self.edge
         assert port is not None and app is not None
+        handover = self.handover
+        if handover is not None:
+            if handover.sends_again and not self.can_send_again:
+                connection.release(clean=True)
+                self.refuse(ProxyError(Code.REPLAY_BODY_GONE, detail="the body outgrew what is kept while it waited"))
+                return
+            handover.opened()
         self.upstream = connection
         connection.begin(self, self.head_only)
         self.sent_ns = monotonic_ns()
-        handover = self.handover
-        if handover is not None:
-            handover.opened()
         identity = stream.identity(head.minor, port.service.pooled or head.upgrade is not None)
         data = request_head(
             head,
@@ -486,22 +364,22 @@ class Exchange:
             int(self.started_unix * 1_000_000),
             edge.traces.next(),
         )
+        connection.transport.write(data)
+        limit = app.record.limits.first_byte_timeout_s
         if self.body_done and self.held is None and self.kept is None:
-            connection.transport.write(data)
-            limit = app.record.limits.first_byte_timeout_s
             if limit is not None:
                 edge.wheel.arm(connection, limit)
             return
-        connection.transport.write(data)
         connection.disarm()
-        limit = app.record.limits.first_byte_timeout_s
         if head.expects_continue and limit is not None:
             connection.arm(limit)  # the client waits for the machine's word, and sends no last byte before it
+        self._send_body(connection, handover is not None and handover.sends_again)
+
+    def _send_body(self, connection: UpstreamConnection, again: bool) -> None:
+        """What has come of the body. `again`: a machine has had it before, so that it is all in what was kept."""
         held = self._take_held()
-        if handover is not None and handover.sends_again and self.bytes_in:
-            if self.kept is None or not self.kept.is_replayable:
-                self.refuse(ProxyError(Code.REPLAY_BODY_GONE, detail="the body outgrew what is kept while it waited"))
-                return
+        if again and self.bytes_in:
+            assert self.kept is not None
             self.replayed = self.kept.replay(_Again(self, connection))
         else:
             for piece in held or ():
@@ -510,7 +388,7 @@ class Exchange:
                 self._finish_request(connection)
         if self.client_held:
             self.client_held = False
-            stream.resume_body()
+            self.stream.resume_body()
 
     def _write_body(self, connection: UpstreamConnection, data: bytes) -> None:
         if self.head.length == CHUNKED:
@@ -530,8 +408,9 @@ class Exchange:
 
     def on_body(self, data: bytes) -> None:
         self.bytes_in += len(data)
-        if self.body_max and self.bytes_in > self.body_max and self.app is not None and self.app.gate is not None:
-            self.on_request_broken(self.app.gate.body_error(self.bytes_in))
+        gate = self.gate
+        if gate is not None and gate.body_over(self.bytes_in):
+            self.on_request_broken(gate.body_error(self.bytes_in))
             return
         if self.head.expects_continue:
             self._on_continue()
@@ -605,7 +484,7 @@ class Exchange:
         """What was kept can't be read back: the machine has a part of the request, and gets no more."""
         self.replayed = None
         if self.upstream is connection and not self.ended:
-            self._go_on(lambda: self._on_failure(ProxyError(Code.REPLAY_BODY_GONE, Source.EDGE, detail=detail)))
+            self.go_on(lambda: self._on_failure(ProxyError(Code.REPLAY_BODY_GONE, Source.EDGE, detail=detail)))
 
     def _on_continue(self) -> None:
         """A 100 came, or a client that would not wait for it has begun its body: now that is what is waited for."""
@@ -630,9 +509,11 @@ class Exchange:
         stream, request, port = self.stream, self.head, self.port
         assert port is not None
         self.first_byte_ns = monotonic_ns()
+        if self.wake_machine is not None:
+            self._drop_waits()  # it was sent ahead, and the machine is quicker than the word that it runs
         if head.noted or port.watches:
             self._watch(head)
-            if head.noted and self._on_noted(head):
+            if head.noted and self._is_replay(head):
                 return
         if self.kept is not None:
             self.kept.stop_keeping()
@@ -659,44 +540,22 @@ class Exchange:
         if app.record.sticky is not None and self.cookie != machine.record.id:
             stick(self, head, app.record.sticky, machine)
 
-    def _on_noted(self, head: ResponseHead) -> bool:
-        """What the machine says to us. True if that is a replay: then the answer is not the client's."""
-        as_json = any(name == b"content-type" for name, _ in head.noted)
-        try:  # JSON goes before a header beside it, which some apps send as `fly-replay: true`
-            directive = None if as_json else parse_headers(head.noted)
+    def _is_replay(self, head: ResponseHead) -> bool:
+        """Whether the machine hands the request on: then the answer is not the client's."""
+        try:
+            answer = replay_answer(self, head)
         except ProxyError as error:
             self.refuse(error)
             return True
-        if directive is None and not as_json:
+        if answer is None:
             return False
-        self.handing = directive or _IN_JSON
-        told = directive is not None
-        self.response = head
-        self.collected = None if told else []
-        connection = self.upstream
-        assert connection is not None
-        if not told and head.length > MAX_JSON_BYTES:
-            self.refuse(ProxyError(Code.REPLAY_INVALID, Source.MACHINE, detail="a replay in JSON that is too long"))
-        elif told and (head.length > DISCARD_BYTES or (head.length == UNTIL_CLOSE and not self.head_only)):
-            connection.abort()
-            self.upstream = None
-            self._go_on(self._hand_on)
-        else:
-            connection.arm(DISCARD_S)
+        self.handing = answer
+        answer.begin()
         return True
 
-    def _hand_on(self) -> None:
+    def hand_on(self, directive: Directive) -> None:
         """The machine's answer is out of the way: follow the replay."""
-        directive, self.handing = self.handing, None
-        pieces, self.collected = self.collected, None
-        response, self.response = self.response, None
-        assert directive is not None and response is not None
-        if pieces is not None:
-            try:
-                directive = parse_json(b"".join(pieces))
-            except ProxyError as error:
-                self.refuse(error)
-                return
+        self.handing = None
         self._take_held()
         if self.replayed is not None:
             self.replayed.cancel()
@@ -705,6 +564,21 @@ class Exchange:
         if self.handover is None:
             self.handover = Handover(self)
         self.handover.follow(directive)
+
+    def cut_off(self) -> None:
+        """No more is wanted of what the machine sends."""
+        if self.upstream is not None:
+            self._let_go().abort()
+
+    def _let_go(self) -> UpstreamConnection:
+        """Give up the connection to the machine; nobody stands still any longer for its sake, nor it for another's."""
+        connection, self.upstream = self.upstream, None
+        assert connection is not None
+        if self.upstream_held:
+            self.upstream_held = False
+            connection.gate.resume()
+        self.on_upstream_resume()
+        return connection
 
     def _on_interim(self, head: ResponseHead) -> None:
         if head.status == 100 and self.head.expects_continue:
@@ -737,7 +611,7 @@ class Exchange:
 
     def on_response_body(self, data: bytes) -> None:
         if self.handing is not None:
-            self._on_handing_body(data)
+            self.handing.add(data)
             return
         self.bytes_out += len(data)
         if self.chunked_out:
@@ -745,38 +619,18 @@ class Exchange:
         else:
             self.stream.send_data(data)
 
-    def _on_handing_body(self, data: bytes) -> None:
-        """The body of an answer that is a replay: JSON to be read, or nothing to anybody."""
-        if self.upstream is None:
-            return
-        self.bytes_out += len(data)
-        if self.collected is not None:
-            self.collected.append(data)
-            if self.bytes_out > MAX_JSON_BYTES:
-                self.refuse(ProxyError(Code.REPLAY_INVALID, Source.MACHINE, detail="a replay in JSON that is too long"))
-        elif self.bytes_out > DISCARD_BYTES:
-            self.upstream.abort()
-            self.upstream = None
-            self._go_on(self._hand_on)
-
     def on_response_end(self, trailers: Headers) -> None:
         if self.machine is not None and self.machine.passive is not None:
             self.machine.passive.succeeded(self.edge.wheel.now)
-        connection, response = self.upstream, self.response
-        if self.handing is not None and connection is None:
-            return  # it was cut off, and the replay is under way
-        if self.handing is None and self.chunked_out:
+        handing = self.handing
+        if handing is None and self.chunked_out:
             self.stream.send_last_chunk(trailers)
-        self.upstream = None
-        assert connection is not None and response is not None
-        if self.upstream_held:
-            self.upstream_held = False
-            connection.gate.resume()
-        self.on_upstream_resume()
-        connection.release(clean=response.keep_alive and self.body_done and self.head.upgrade is None)
-        if self.handing is not None:
-            self.bytes_out = 0
-            self._go_on(self._hand_on)
+        response = self.response if handing is None else handing.head
+        assert response is not None
+        is_clean = response.keep_alive and self.body_done and self.head.upgrade is None
+        self._let_go().release(clean=is_clean)
+        if handing is not None:
+            self.go_on(handing.end)
         else:
             self._end(close=self.close_after or not self.body_done)
 
@@ -798,12 +652,9 @@ class Exchange:
     def on_upstream_failed(self, error: ProxyError) -> None:
         self.upstream = None
         self.upstream_held = False
-        if self.ended:
-            return
-        if self.handing is not None and self.collected is None:
-            self._go_on(self._hand_on)  # the rest of its answer is of no use to anybody
-        else:
-            self._go_on(lambda: self._on_failure(error))
+        self.on_upstream_resume()
+        if not self.ended:
+            self.go_on(lambda: self._on_failure(error))
 
     # --- back-pressure
 
@@ -848,7 +699,9 @@ class Exchange:
         if self.tunnel is not None:
             self.tunnel.machine_lost()
         elif self.handing is not None:
-            self.refuse(ProxyError(Code.REPLAY_INVALID, Source.MACHINE, detail=f"a replay that was cut off: {error}"))
+            self.handing.fail(str(error))
+        elif self.wake_machine is not None:
+            self._release_load()  # it was sent ahead, in vain; the machine's start goes on
         elif self.response is not None:
             self._fail_midway(error)
         else:
@@ -885,12 +738,12 @@ class Exchange:
         assert self.port is not None
         self._release_load()
         if any(one.record.id not in (self.tried or ()) for one in self.port.service.running):
-            self._choose()
+            pick(self)
         elif failed.record.state.value == "started":
-            self._wake(failed.record.id)
+            wake(self, failed.record.id)
         else:
             self.tried = None
-            self._choose()
+            pick(self)
 
     def fail(self, error: ProxyError) -> None:
         """No machine was reached. Where a replay pointed there, that is for its sender to hear of."""
@@ -905,27 +758,20 @@ class Exchange:
         self._drop_waits()
         self._release_load()
 
-    def answer(self, code: Code, status: int, fields: tuple[tuple[bytes, bytes], ...], body: bytes) -> None:
-        """An answer of ours that is no error page."""
-        self.code, self.status = code, status
-        self._drop_upstream()
-        fields += ((b"wakefront-error", code.value.encode()),)
-        self.stream.send_answer(status, fields, b"" if self.head_only else body, self.request_id)
-        self._end(close=not self.body_done)
-
     def refuse(self, error: ProxyError) -> None:
         """Answer with an error of ours. Only before any byte of an answer has been sent."""
-        self.handing = None
-        self.code, self.detail, self.failed = error.code, error.detail, True
+        self.detail, self.failed = error.detail, True
+        after = error.retry_after_s
+        fields = ((b"retry-after", b"%d" % after),) if after is not None else ()
+        self.answer(error.code, http_status(error.code), fields, error_page(error))
+
+    def answer(self, code: Code, status: int, fields: tuple[tuple[bytes, bytes], ...], body: bytes) -> None:
+        """An answer of ours. Only before any byte of another has been sent."""
+        self.code, self.status = code, status
         self._drop_upstream()
-        self.status = http_status(error.code)
-        fields: tuple[tuple[bytes, bytes], ...] = ((b"wakefront-error", error.code.value.encode()),)
-        if error.retry_after_s is not None:
-            fields += ((b"retry-after", b"%d" % error.retry_after_s),)
-        body = b"" if self.head_only else error_page(error)
-        self.stream.send_answer(self.status, fields, body, self.request_id)
-        close = not self.body_done or self.head.upgrade is not None
-        self._end(close)
+        fields = ((b"wakefront-error", code.value.encode()), *fields)
+        self.stream.send_answer(status, fields, b"" if self.head_only else body, self.request_id)
+        self._end(close=not self.body_done or self.head.upgrade is not None)
 
     def _fail_midway(self, error: ProxyError) -> None:
         """The answer is broken off. After its head went out, closing is the only honest signal."""
@@ -973,13 +819,10 @@ class Exchange:
         """Whatever is waited for before a machine has the request, nobody waits for it any more."""
         if self.wake_machine is not None:
             self.edge.waker.cancel(self.wake_machine, self.ticket)
-            self._wake_over()
-        if self.health_wait is not None:
-            self.health_wait.cancel()
-            self.health_wait = None
-        if self.queue_ticket is not None:
-            self.queue_ticket.cancel()
-            self.queue_ticket = None
+            self.end_wake()
+        if self.wait is not None:
+            self.wait.cancel()
+            self.wait = None
         if self.connecting is not None:
             self.connecting.cancel()
             self.connecting = None
@@ -988,12 +831,12 @@ class Exchange:
         self._drop_waits()
         if self.handover is not None:
             self.handover.stop()
-        connection, self.upstream = self.upstream, None
-        if connection is not None:
-            connection.abort()
+        if self.handing is not None:
+            self.handing.stop()
+            self.handing = None
+        self.cut_off()
         self._take_held()
         self._release_body()
-        self.on_upstream_resume()
         if self.client_held:
             self.client_held = False
             self.stream.resume_body()
@@ -1067,43 +910,3 @@ class _Again:
 
     def failed(self, error: Exception) -> None:
         self._exchange.on_keeping_failed(self._connection, repr(error))
-
-
-def error_page(error: ProxyError) -> bytes:
-    """What a person sees: the code, its name, and one sentence; never what the machine or the system said."""
-    return f"{error.code.value} {_PHRASES.get(error.code, error.code.name.lower().replace('_', ' '))}\n".encode()
-
-
-_PHRASES = {
-    Code.UNKNOWN_HOST: "No app is served here under this name.",
-    Code.MISDIRECTED: "This connection was made for another app.",
-    Code.BAD_REQUEST: "The request could not be understood.",
-    Code.WAKE_TIMEOUT: "The app was started but did not answer in time.",
-    Code.START_FAILED: "The app could not be started.",
-    Code.WAKE_HELD: "The app failed to start; it will be tried again shortly.",
-    Code.NO_CANDIDATE: "No machine can take this request.",
-    Code.CONTROL_UNAVAILABLE: "The app is asleep and can't be started right now.",
-    Code.TOO_MANY_WAITERS: "Too many requests wait for this app to start.",
-    Code.WAKE_IGNORED: "The app is asleep, and this request does not wake it.",
-    Code.WAKE_BUDGET: "The app is asleep, and enough starts were asked for; try again shortly.",
-    Code.NO_HEALTHY: "No machine of the app is well enough to take this request.",
-    Code.ACCESS_DENIED: "You have no access to this app from here.",
-    Code.SOURCE_CONNECTIONS: "Too many connections from your address.",
-    Code.SOURCE_REQUESTS: "Too many requests from your address; try again shortly.",
-    Code.BODY_TOO_LARGE: "The request is larger than this app takes.",
-    Code.QUEUE_FULL: "The app is busy, and enough requests wait for it.",
-    Code.QUEUE_TIMEOUT: "The app was busy for too long.",
-    Code.REPLAY_UNREACHED: "The app handed this request on, but what it named could not be reached.",
-    Code.REPLAY_LOOP: "The request was handed on too often.",
-    Code.REPLAY_INVALID: "The app handed this request on in a way that makes no sense.",
-    Code.REPLAY_BODY_GONE: "The app handed this request on, but it is too large to be sent again.",
-    Code.REPLAY_APP_UNKNOWN: "The app handed this request on to one that is not here.",
-    Code.REPLAY_APP_FORBIDDEN: "The app handed this request on to one that does not take it.",
-    Code.FORCED_UNREACHED: "The machine asked for can't take this request.",
-    Code.CONNECT_REFUSED: "The app does not accept connections.",
-    Code.CONNECT_TIMEOUT: "The app did not accept the connection in time.",
-    Code.REQUEST_UNFINISHED: "The app closed the connection without an answer.",
-    Code.CONNECT_RESET: "The app closed the connection without an answer.",
-    Code.RESPONSE_INVALID: "The app's answer could not be understood.",
-    Code.FIRST_BYTE_TIMEOUT: "The app did not answer in time.",
-}

@@ -167,10 +167,11 @@ class Handover:
     def _on_timeout(self) -> None:
         self._timer = None
         if self.is_open and not self._exchange.ended:
-            self._exchange.leave_target()
-            self._give_back(
-                FailReason.TIMEOUT, ProxyError(Code.REPLAY_UNREACHED, detail="not reached within its timeout")
-            )
+            self._exchange.go_on(self._give_up)
+
+    def _give_up(self) -> None:
+        self._exchange.leave_target()
+        self._give_back(FailReason.TIMEOUT, ProxyError(Code.REPLAY_UNREACHED, detail="not reached within its timeout"))
 
     def failed(self, error: ProxyError) -> None:
         """The target could not be reached."""

@@ -49,16 +49,15 @@ class MachineView:
 class ServiceView:
     """A service and the machines that can take its requests now."""
 
-    __slots__ = ("internal_port", "is_failing", "machines", "pooled", "record", "running", "slots", "sole")
+    __slots__ = ("internal_port", "is_failing", "machines", "pooled", "record", "running", "sole")
 
     def __init__(self, record: Service, machines: Iterable[MachineView]) -> None:
-        """`running`: what may be chosen. `sole`: the one to take without choosing. `slots`: theirs, for the queue."""
+        """`running`: what may be chosen. `sole`: the one to take without choosing."""
         self.record = record
         self.internal_port = record.internal_port
         self.pooled = record.concurrency_type.value == "requests"
         self.machines = [one for one in machines if one.record.group in record.processes]
         self.running: list[MachineView] = []
-        self.slots: tuple[int, ...] = ()
         self.sole: MachineView | None = None
         self.is_failing = False  # machines run, and the checks of none pass
         self.refresh()
@@ -68,7 +67,6 @@ class ServiceView:
         started = [one for one in self.machines if one.takes_requests and one.record.endpoint(port) is not None]
         self.running = running = [one for one in started if port not in one.record.failing_ports]
         self.is_failing = bool(started) and not running
-        self.slots = tuple(one.slot for one in running)
         self.sole = running[0] if len(self.machines) == 1 and running else None
 
 

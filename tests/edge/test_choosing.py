@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.ipc import Wake
-from proxy.model import App, AppLimits, AppName, Balance, Machine, MachineState
+from proxy.model import App, AppLimits, AppName, Balance, Machine, MachineState, WakeRules
 from tests.support.edge import EdgeHarness, read_head
 
 STOPPED, SUSPENDED = MachineState.STOPPED, MachineState.SUSPENDED
@@ -63,6 +63,15 @@ async def test_a_forced_machine_that_sleeps_is_woken(edge: EdgeHarness) -> None:
     edge.set_app(edge.app(edge.machine(one, "m1", slot=1), sleeping))
     edge.sent.on_send = lambda message: _start(edge, message, sleeping)
     assert await _ask(edge, b"fly-force-instance-id: m2\r\n") == (200, b"two")
+
+
+async def test_naming_a_machine_does_not_get_round_the_rules_of_who_wakes(edge: EdgeHarness) -> None:
+    sleeping = edge.machine(await _origin(edge, b"one"), "m1", STOPPED)
+    rules = WakeRules(ignore_agents=("bot",))
+    edge.set_app(dataclasses.replace(edge.app(sleeping), wake_rules=rules))
+    status, body = await _ask(edge, b"fly-force-instance-id: m1\r\nUser-Agent: a-bot/1\r\n")
+    assert status == 503 and body.startswith(b"WM04")
+    assert not any(isinstance(message, Wake) for message in edge.sent.messages)
 
 
 def _start(edge: EdgeHarness, message: object, machine: Machine) -> None:

@@ -326,6 +326,126 @@ async def test_an_answer_without_end_that_is_a_replay_holds_up_nobody(edge: Edge
     assert await ask(edge, FORCE_M1) == (200, b"two")
 
 
+@pytest.mark.parametrize("piece", [b"", b"x"], ids=["silent", "dripping"])
+async def test_an_answer_that_never_ends_is_cut_off_after_two_seconds_and_the_replay_followed(
+    edge: EdgeHarness, piece: bytes
+) -> None:
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nfly-replay: instance=m2\r\ncontent-length: 1000\r\n\r\n")
+        while True:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.1)
+
+    one = await edge.origin(slow)
+    (two,) = await run(edge, lambda h, b: ok(b"two"))
+    edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), edge.machine(two.port, "m2", slot=2)))
+    began = asyncio.get_running_loop().time()
+    assert await ask(edge, FORCE_M1) == (200, b"two")
+    assert 1.5 < asyncio.get_running_loop().time() - began < 4.0
+    assert edge.edge.in_flight(1) == edge.edge.in_flight(2) == 0
+
+
+async def test_json_that_never_ends_is_an_error_after_two_seconds(edge: EdgeHarness) -> None:
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/vnd.fly.replay+json\r\ncontent-length: 90\r\n\r\n{")
+        await reader.read()
+
+    one = await edge.origin(slow)
+    edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1)))
+    began = asyncio.get_running_loop().time()
+    status, body = await ask(edge)
+    assert status == 502 and body.startswith(b"PA03")
+    assert asyncio.get_running_loop().time() - began < 4.0
+
+
+async def test_a_replay_said_before_the_upload_is_read_lets_the_rest_of_it_go_to_the_target(edge: EdgeHarness) -> None:
+    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Says where to go once it stands still: nothing of the body is taken from its socket."""
+        await read_head(reader)
+        await until(lambda: edge.edge.bodies.memory_used > 600_000 or paused())
+        writer.write(b"HTTP/1.1 200 OK\r\nfly-replay: instance=m2\r\ncontent-length: 3\r\n\r\nbye")
+        await asyncio.sleep(10)
+
+    def paused() -> bool:
+        return sent == len(pieces)
+
+    one = await edge.origin(deaf)
+    (two,) = await run(edge, lambda h, b: ok(b"%d" % len(b)))
+    limits = AppLimits(replay_memory_bytes=32 << 20)
+    edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), edge.machine(two.port, "m2", slot=2), limits=limits))
+    pieces = [b"x" * 65536] * 256
+    total, sent = sum(map(len, pieces)), 0
+    reader, writer = await edge.connect()
+    writer.write(b"POST / HTTP/1.1\r\nHost: hello.apps.test\r\n" + FORCE_M1 + b"Content-Length: %d\r\n\r\n" % total)
+    async with asyncio.timeout(15):
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            sent += 1
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert await reader.readexactly(len(str(total))) == b"%d" % total
+    assert two.bodies == [b"".join(pieces)]
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not what():
+            await asyncio.sleep(0.01)
+
+
+async def test_elsewhere_wakes_the_one_that_sleeps_where_all_others_do(edge: EdgeHarness) -> None:
+    one, two = await run(edge, lambda h, b: replay("elsewhere=true"), lambda h, b: ok(b"two"))
+    sleeping = edge.machine(two.port, "m2", MachineState.STOPPED, slot=2)
+    edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), sleeping))
+
+    def start(message: object) -> None:
+        assert not isinstance(message, Wake) or message.machine == "m2"
+        if isinstance(message, Wake):
+            started = dataclasses.replace(sleeping, state=MachineState.STARTED, version=2)
+            asyncio.get_running_loop().call_soon(edge.edge.table.set_machine, AppName("hello"), started)
+
+    edge.sent.on_send = start
+    assert await ask(edge, FORCE_M1) == (200, b"two")
+
+
+async def test_elsewhere_where_there_is_no_other_is_told_at_once(edge: EdgeHarness) -> None:
+    (one,) = await run(edge, lambda h, b: replay("elsewhere=true"))
+    edge.set_app(app_of(edge, [one]))
+    status, body = await ask(edge)
+    assert status == 502 and body.startswith(b"WR01")
+    assert not any(isinstance(message, Wake) for message in edge.sent.messages)
+
+
+async def test_a_body_that_outgrows_what_is_kept_while_the_target_wakes_reaches_no_machine_in_part(
+    edge: EdgeHarness,
+) -> None:
+    async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 200 OK\r\nfly-replay: instance=m2\r\ncontent-length: 0\r\n\r\n")
+        await asyncio.sleep(10)
+
+    one = await edge.origin(early)
+    (two,) = await run(edge, lambda h, b: ok(b"two"))
+    sleeping = edge.machine(two.port, "m2", MachineState.STOPPED, slot=2)
+    limits = AppLimits(replay_memory_bytes=4096, replay_spool_bytes=0)
+    edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), sleeping, limits=limits))
+    reader, writer = await edge.connect()
+    writer.write(b"POST / HTTP/1.1\r\nHost: hello.apps.test\r\n" + FORCE_M1 + b"Content-Length: 20000\r\n\r\n")
+    writer.write(b"x" * 100)
+    await until(lambda: edge.edge.waker.waiting == 1)
+    writer.write(b"x" * 10_000)
+    await until(lambda: edge.edge.held_bytes > 9_000)
+    edge.edge.table.set_machine(AppName("hello"), dataclasses.replace(sleeping, state=MachineState.STARTED, version=2))
+    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert answer.startswith(b"HTTP/1.1 502 ") and b"wakefront-error: PA01" in answer
+    assert two.heads == []
+
+
 async def test_a_client_that_leaves_in_the_middle_of_a_replay_leaves_nothing_behind(edge: EdgeHarness) -> None:
     one, two = await run(edge, lambda h, b: replay("instance=m2"), lambda h, b: ok(b"two"))
     sleeping = edge.machine(two.port, "m2", MachineState.STOPPED, slot=2)

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 
 from proxy.edge.warmth import Warmth
-from proxy.ipc import Wake
+from proxy.ipc import Wake, WakeDone
 from proxy.model import AppName, Machine, MachineState
 from tests.support.edge import EdgeHarness, Origin, read_head
 
@@ -51,6 +51,58 @@ async def test_the_first_request_after_a_resume_goes_over_the_connection_that_wa
     assert origin.received == [bytearray()], "connected, and nothing sent"
     assert (await ask(edge)).endswith(b"ok")
     assert origin.connections == 1
+
+
+async def test_a_request_lies_in_the_machines_socket_before_it_is_resumed(edge: EdgeHarness) -> None:
+    origin, machine = await frozen(edge)
+    edge.sent.on_send = None
+    await until_connected(origin)
+    async with asyncio.timeout(5):  # the scripted machine is not frozen: it answers what it was sent ahead
+        assert (await ask(edge)).endswith(b"ok")
+    assert [message for message in edge.sent.messages if isinstance(message, Wake)]
+    assert machine.state is SUSPENDED and edge.edge.in_flight(machine.slot) == 0
+    assert edge.edge.waker.waiting == 0, "nobody waits for the start any more"
+
+
+async def test_a_request_sent_ahead_that_is_lost_is_sent_again_once_the_machine_runs(edge: EdgeHarness) -> None:
+    origin, machine = await frozen(edge, answers=0)
+    edge.sent.on_send = None
+    await until_connected(origin)
+    answer = asyncio.create_task(ask(edge))
+    async with asyncio.timeout(5):
+        while not edge.edge.waker.waiting or edge.edge.in_flight(machine.slot):
+            await asyncio.sleep(0.005)
+    assert not answer.done(), "what was lost on the way is nobody's to hear of yet"
+    await origin.stop()
+    again = Origin(_answer_ok)
+    await again.start(origin.port)
+    edge.edge.table.set_machine(HELLO, dataclasses.replace(machine, state=STARTED, version=2))
+    assert (await asyncio.wait_for(answer, 5)).endswith(b"ok")
+    await again.stop()
+
+
+async def test_a_machine_that_is_not_resumed_has_had_the_request_in_vain_and_the_client_is_told(
+    edge: EdgeHarness,
+) -> None:
+    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    origin = await edge.origin(deaf)
+    machine = edge.machine(origin.port, state=SUSPENDED)
+    edge.set_app(edge.app(machine))
+    await until_connected(origin)
+    answer = asyncio.create_task(ask(edge))
+    async with asyncio.timeout(5):
+        while not edge.edge.in_flight(machine.slot):
+            await asyncio.sleep(0.005)
+    edge.edge.waker.on_wake_done(WakeDone(HELLO, machine.id, "PM05", "it would not start"))
+    assert (await asyncio.wait_for(answer, 5)).startswith(b"HTTP/1.1 503 ")
+    assert edge.edge.in_flight(machine.slot) == 0
+
+
+async def _answer_ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_head(reader)
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
 
 
 async def test_what_may_not_be_sent_twice_gets_a_connection_of_its_own(edge: EdgeHarness) -> None:
