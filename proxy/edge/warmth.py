@@ -44,18 +44,30 @@ class Warmth:
         self._pools.pop(machine, None)  # closed with its pools
 
     def _keep(self, name: AppName, machine: Machine) -> None:
-        app = self._edge.table.apps.get(name)
-        view = app.machines.get(machine.id) if app is not None else None
-        if app is None or view is None or machine.id in self._pools:
+        """Hold one to this machine. Each record of a suspended machine closes its pools: so ask for the pool anew."""
+        found = self._find(name, machine.id)
+        if found is None:
+            before = self._pools.pop(machine.id, None)
+            if before is not None:
+                before.drop_warm()
             return
-        service = next((one for one in app.services if self._is_served(one.machines, view, one.internal_port)), None)
-        if service is None or not service.record.autostart:
-            return
-        pool = self._pools[machine.id] = pool_for(self._edge, view, service, app)
-        pool.warm()
+        self._pools[machine.id] = found
+        self._pools.move_to_end(machine.id)
+        found.warm()
         if len(self._pools) > self._most:
             _, coldest = self._pools.popitem(last=False)
             coldest.drop_warm()
+
+    def _find(self, name: AppName, machine: MachineId) -> Pool | None:
+        """The pool that the first request after a wake would take from; None where no request wakes the machine."""
+        app = self._edge.table.apps.get(name)
+        view = app.machines.get(machine) if app is not None else None
+        if app is None or view is None:
+            return None
+        service = next((one for one in app.services if self._is_served(one.machines, view, one.internal_port)), None)
+        if service is None or not service.record.autostart:
+            return None
+        return pool_for(self._edge, view, service, app)
 
     @staticmethod
     def _is_served(machines: list[MachineView], view: MachineView, internal_port: int) -> bool:

@@ -139,6 +139,43 @@ async def test_a_machine_that_is_stopped_while_suspended_has_none_left(edge: Edg
     assert len(edge.edge.warmth) == 0
 
 
+async def test_a_suspended_machine_whose_record_changes_keeps_one_ahead(edge: EdgeHarness) -> None:
+    """As when its metadata is set: its pools are closed with each of its records."""
+    origin, machine = await frozen(edge)
+    await until_connected(origin)
+    edge.edge.table.set_machine(HELLO, dataclasses.replace(machine, version=2))
+    await until_connected(origin, 2)
+    edge.sent.on_send = lambda message: (
+        asyncio.get_running_loop().call_soon(
+            edge.edge.table.set_machine, HELLO, dataclasses.replace(machine, state=STARTED, version=3)
+        )
+        if isinstance(message, Wake)
+        else None
+    )
+    assert (await ask(edge)).endswith(b"ok")
+    assert origin.connections == 2 and len(edge.edge.warmth) == 0
+
+
+async def test_a_machine_that_no_request_wakes_any_more_has_none_left(edge: EdgeHarness) -> None:
+    origin, machine = await frozen(edge)
+    await until_connected(origin)
+    app = edge.edge.table.apps[HELLO].record
+    services = tuple(dataclasses.replace(one, autostart=False) for one in app.services)
+    edge.set_app(dataclasses.replace(app, services=services, machines=(dataclasses.replace(machine, version=2),)))
+    assert len(edge.edge.warmth) == 0
+
+
+async def test_one_whose_record_changes_counts_as_suspended_last(edge: EdgeHarness) -> None:
+    origin, machine = await frozen(edge)
+    await until_connected(origin)
+    warmth = Warmth(edge.edge, most=2)
+    first, second, third = (dataclasses.replace(machine, id=f"s{at}", slot=10 + at) for at in range(3))
+    edge.set_app(edge.app(first, second, third))
+    for one in (first, second, first, third):
+        warmth.on_machine(HELLO, one)
+    assert list(warmth._pools) == ["s0", "s2"]
+
+
 async def test_only_so_many_are_kept_those_suspended_last(edge: EdgeHarness) -> None:
     origin, machine = await frozen(edge)
     await until_connected(origin)
