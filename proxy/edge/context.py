@@ -88,7 +88,7 @@ class EdgeContext:
         self.sticky_keys: tuple[bytes, ...] = (os.urandom(32),)  # until the node's own are given
         self.bodies = BodyBudget(loop, spool_folder)
         self.link = link
-        self.waker = Waker(self.wheel, link, self.table, self.rng)
+        self.waker = Waker(self.wheel, link, self.table)
         self.waker.on_started = self.queue.poke
         self.warmth = Warmth(self)
         self.waker.on_machine, self.waker.on_gone = self.warmth.on_machine, self.warmth.on_gone

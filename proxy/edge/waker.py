@@ -6,12 +6,12 @@ many may wait, and bounds how much a ClientHello may cause before its client has
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from proxy.clock import unix
+from proxy.decide.access import StartBudget
 from proxy.decide.balance import recently_started
 from proxy.decide.wake import choose_to_wake
 from proxy.edge.table import AppView, ServiceView, Table
@@ -21,11 +21,14 @@ from proxy.ipc import Message, Wake, WakeDone
 from proxy.model import AppName, Machine, MachineId, MachineState
 
 ANOTHER_S = 1.0  # between two starts beside running machines that this worker asks for, for one app
+HINT_S = 1.0  # between two of one machine for nobody who waits here
+LOOK_S = 1.0  # how often those who wait for health look by themselves: a cordon lifted, a start possible by now
 GRACE_S = 5.0  # control's own deadline comes first and says more; ours only bounds the wait
 CONTROL_AWAY_S = 10.0
-SOURCES_MAX = 4096
+NOTED_MAX = 4096  # moments remembered; what is forgotten may be asked for again early
 
 Waiter = Callable[[ProxyError | None], None]
+K = TypeVar("K")
 
 
 class Link(Protocol):
@@ -35,30 +38,32 @@ class Link(Protocol):
 class _Wait:
     """All requests that wait for one machine."""
 
-    __slots__ = ("app", "asked", "deadline", "timeout_s", "waiters")
+    __slots__ = ("app", "asked", "deadline", "ends_at", "timeout_s", "waiters")
 
-    def __init__(self, app: AppName) -> None:
+    def __init__(self, app: AppName, timeout_s: float, now: float) -> None:
         self.app = app
         self.waiters: dict[int, Waiter] = {}
         self.deadline: Call | None = None
         self.asked = False
-        self.timeout_s = 0.0
+        self.timeout_s = timeout_s
+        self.ends_at = now + timeout_s + CONTROL_AWAY_S  # however often control comes back and is asked anew
 
 
 class Waker:
     """This worker's side of waking."""
 
-    def __init__(self, wheel: Wheel, link: Link, table: Table, rng: random.Random) -> None:
+    def __init__(self, wheel: Wheel, link: Link, table: Table) -> None:
         self._wheel = wheel
         self._link = link
         self._table = table
-        self._rng = rng
         self._waits: dict[MachineId, _Wait] = {}
         self._tickets = 0
-        self._hints = HintBudget(5.0, 100.0)
-        self._hinted: dict[MachineId, float] = {}
-        self._another: dict[AppName, float] = {}
+        self._budgets = (5.0, 100.0)
+        self._hints = StartBudget(*self._budgets)
+        self._hinted: OrderedDict[MachineId, float] = OrderedDict()
+        self._another: OrderedDict[AppName, float] = OrderedDict()
         self._unwell: dict[AppName, set[HealthWait]] = {}
+        self._look: Call | None = None
         self.on_machine: Callable[[AppName, Machine], None] = lambda app, machine: None
         self.on_gone: Callable[[MachineId], None] = lambda machine: None
         self.on_started: Callable[[int], None] = lambda app_slot: None  # a machine of this app may be chosen now
@@ -66,7 +71,10 @@ class Waker:
         table.on_machine_gone = self._on_gone
 
     def set_budgets(self, per_source_s: float, all_s: float) -> None:
-        self._hints = HintBudget(per_source_s, all_s)
+        """Take the figures; what sources have used of the same ones stays used."""
+        if (per_source_s, all_s) != self._budgets:
+            self._budgets = per_source_s, all_s
+            self._hints = StartBudget(per_source_s, all_s)
 
     @property
     def waiting(self) -> int:
@@ -80,8 +88,9 @@ class Waker:
         name = app.record.name
         wait = self._waits.get(machine)
         if wait is None:
-            wait = self._waits[machine] = _Wait(name)
-            wait.timeout_s = app.record.wake_timeout_s + GRACE_S
+            wait = self._waits[machine] = _Wait(name, app.record.wake_timeout_s + GRACE_S, self._wheel.now)
+            self._ask(machine, wait)
+        elif not wait.asked:
             self._ask(machine, wait)
         if len(wait.waiters) >= app.record.limits.max_waiters:
             raise ProxyError(
@@ -99,29 +108,25 @@ class Waker:
 
     def hint(self, app: AppView, machine: MachineId, source: str) -> bool:
         """A ClientHello named the app: start it ahead of the request, within the budgets. Whether it was asked for."""
-        now = self._wheel.now
-        if machine in self._waits or self._hinted.get(machine, -1.0) > now - 1.0:
+        if self._is_asked_for(machine):
             return True
-        if not self._hints.take(source, now):
-            return False
-        if len(self._hinted) > SOURCES_MAX:
-            self._hinted.clear()
-        self._hinted[machine] = now
-        return self._link.send(Wake(app.record.name, machine, hint=True))
+        return self._hints.take(source, self._wheel.now) is None and self.start(app, machine)
 
     def awaits(self, machine: MachineId) -> bool:
         """Whether requests wait for this machine already."""
         return machine in self._waits
 
-    def start(self, app: AppView, machine: MachineId) -> None:
-        """Have a machine started for somebody who does not wait for it here."""
-        now = self._wheel.now
-        if machine in self._waits or self._hinted.get(machine, -1.0) > now - 1.0:
-            return
-        if len(self._hinted) > SOURCES_MAX:
-            self._hinted.clear()
-        self._hinted[machine] = now
-        self._link.send(Wake(app.record.name, machine, hint=True))
+    def start(self, app: AppView, machine: MachineId) -> bool:
+        """Have a machine started for somebody who does not wait for it here. Whether it was asked for."""
+        if self._is_asked_for(machine):
+            return True
+        if not self._link.send(Wake(app.record.name, machine, hint=True)):
+            return False
+        _note(self._hinted, machine, self._wheel.now, HINT_S)
+        return True
+
+    def _is_asked_for(self, machine: MachineId) -> bool:
+        return machine in self._waits or self._hinted.get(machine, -HINT_S) > self._wheel.now - HINT_S
 
     def may_start_another(self, app: AppView) -> bool:
         """Whether the last start beside running machines of the app was long enough ago."""
@@ -135,9 +140,7 @@ class Waker:
         now, name = self._wheel.now, app.record.name
         if not self.may_start_another(app):
             return
-        if len(self._another) > SOURCES_MAX:
-            self._another.clear()
-        self._another[name] = now
+        _note(self._another, name, now, ANOTHER_S)
         machines = [one.record for one in service.machines]
         if recently_started(machines, unix(), service.internal_port):
             return
@@ -147,20 +150,25 @@ class Waker:
 
     def wait_for_health(self, service: ServiceView, app: AppView, seconds: float, waiter: Waiter) -> HealthWait:
         """Call `waiter` once: with None when a machine of the service may be chosen, else with NO_HEALTHY."""
-        waits = self._unwell.setdefault(app.record.name, set())
-        if len(waits) >= app.record.limits.max_queued:
+        name = app.record.name
+        if len(self._unwell.get(name, ())) >= app.record.limits.max_queued:
             raise ProxyError(Code.NO_HEALTHY, Source.MACHINE, detail="enough requests wait already", retry_after_s=5)
-        wait = HealthWait(self, app.record.name, service.internal_port, waiter)
+        wait = HealthWait(self, name, service.internal_port, waiter)
         wait.deadline = self._wheel.call_later(seconds, wait.expire)
-        waits.add(wait)
+        self._unwell.setdefault(name, set()).add(wait)
+        if self._look is None:
+            self._look = self._wheel.call_later(LOOK_S, self._look_again)
         return wait
 
-    def forget(self, wait: HealthWait) -> None:
+    def forget(self, wait: HealthWait) -> bool:
+        """False if it was over already."""
         waits = self._unwell.get(wait.app)
-        if waits is not None:
-            waits.discard(wait)
-            if not waits:
-                del self._unwell[wait.app]
+        if waits is None or wait not in waits:
+            return False
+        waits.remove(wait)
+        if not waits:
+            del self._unwell[wait.app]
+        return True
 
     def _look_for_health(self, app: AppName) -> None:
         """Something about the app's machines changed: see who waits no longer."""
@@ -170,6 +178,21 @@ class Waker:
             service = next((one for one in services if one.internal_port == wait.internal_port), None)
             if service is None or service.running or not service.is_failing:
                 wait.end(None)
+
+    def _look_again(self) -> None:
+        """Not all that helps is told as a change of a machine: what stopped may be started a while later."""
+        self._look = None
+        for name in list(self._unwell):
+            self._look_for_health(name)
+            view = self._table.apps.get(name)
+            if view is None:
+                continue
+            ports = {wait.internal_port for wait in self._unwell.get(name, ())}
+            for service in view.services:
+                if service.internal_port in ports and service.record.autostart:
+                    self.start_another(view, service)
+        if self._unwell and self._look is None:
+            self._look = self._wheel.call_later(LOOK_S, self._look_again)
 
     def report(self, what: str, error: Exception) -> None:
         self._wheel.report(what, error)
@@ -182,8 +205,10 @@ class Waker:
     def _ask(self, machine: MachineId, wait: _Wait) -> None:
         wait.asked = self._link.send(Wake(wait.app, machine))
         if wait.deadline is not None:
+            if not wait.asked:
+                return  # those who come while control is away must not prolong the wait of those who are there
             wait.deadline.cancel()
-        seconds = wait.timeout_s if wait.asked else CONTROL_AWAY_S
+        seconds = min(wait.timeout_s if wait.asked else CONTROL_AWAY_S, wait.ends_at - self._wheel.now)
         wait.deadline = self._wheel.call_later(seconds, lambda: self._expire(machine))
 
     def on_wake_done(self, done: WakeDone) -> None:
@@ -205,7 +230,6 @@ class Waker:
         view = self._table.apps.get(app)
         if view is not None and machine.state is MachineState.STARTED:
             self.on_started(view.record.slot)
-
         self.on_machine(app, machine)
 
     def _on_gone(self, machine: MachineId) -> None:
@@ -252,7 +276,8 @@ class HealthWait:
         self.end(ProxyError(Code.NO_HEALTHY, Source.MACHINE, detail="no machine's checks pass", retry_after_s=5))
 
     def end(self, error: ProxyError | None) -> None:
-        self.cancel()
+        if not self._leave():
+            return
         try:
             self._waiter(error)
         except Exception as fault:  # one client's fault must not leave the others waiting
@@ -260,40 +285,18 @@ class HealthWait:
 
     def cancel(self) -> None:
         """This client has gone."""
-        self._waker.forget(self)
+        self._leave()
+
+    def _leave(self) -> bool:
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
+        return self._waker.forget(self)
 
 
-class HintBudget:
-    """How many starts ClientHellos may cause: per source address and in all. Token buckets, bounded in number.
-
-    A bucket holds one second's worth, but at least one start, so that a rate below one a second lets some through.
-    """
-
-    __slots__ = ("_all", "_all_max", "_all_s", "_at", "_per_source_max", "_per_source_s", "_sources")
-
-    def __init__(self, per_source_s: float, all_s: float) -> None:
-        self._per_source_s = per_source_s
-        self._all_s = all_s
-        self._per_source_max = max(1.0, per_source_s) if per_source_s > 0 else 0.0
-        self._all_max = max(1.0, all_s) if all_s > 0 else 0.0
-        self._all = self._all_max
-        self._at = 0.0
-        self._sources: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def take(self, source: str, now: float) -> bool:
-        """Whether one more start on behalf of `source` is within the budgets, and if so count it."""
-        self._all = min(self._all_max, self._all + (now - self._at) * self._all_s)
-        self._at = now
-        left, at = self._sources.get(source, (self._per_source_max, now))
-        left = min(self._per_source_max, left + (now - at) * self._per_source_s)
-        if left < 1.0 or self._all < 1.0:
-            return False
-        self._all -= 1.0
-        self._sources[source] = (left - 1.0, now)
-        self._sources.move_to_end(source)
-        if len(self._sources) > SOURCES_MAX:
-            self._sources.popitem(last=False)
-        return True
+def _note(moments: OrderedDict[K, float], key: K, now: float, seconds: float) -> None:
+    """Remember when something was last done, and forget what lies further back than `seconds`."""
+    moments[key] = now
+    moments.move_to_end(key)
+    while len(moments) > NOTED_MAX or next(iter(moments.values())) <= now - seconds:
+        moments.popitem(last=False)

@@ -251,6 +251,45 @@ def test_a_budget_without_a_figure_sets_no_limit(per_source: float | None, every
     assert StartBudget(0.0, None).take("192.0.2.1", 10.0) == math.inf
 
 
+def test_a_source_gets_its_rate_and_no_burst_above_it() -> None:
+    budget = StartBudget(5.0, 100.0)
+    assert [budget.take("a", 100.0) is None for _ in range(8)] == [True] * 5 + [False] * 3
+    assert [budget.take("a", 100.4) is None for _ in range(4)] == [True] * 2 + [False] * 2
+    assert sum(budget.take("a", 100.0 + step / 100) is None for step in range(50, 1050)) in (49, 50, 51)
+
+
+def test_all_sources_together_get_no_more_than_the_whole_budget() -> None:
+    budget = StartBudget(5.0, 100.0)
+    assert sum(budget.take(f"10.0.{number // 250}.{number % 250}", 100.0) is None for number in range(5000)) == 100
+    assert sum(budget.take(f"10.1.{number // 250}.{number % 250}", 100.5) is None for number in range(5000)) == 50
+
+
+def test_a_refused_source_does_not_use_up_the_others_budget() -> None:
+    budget = StartBudget(1.0, 10.0)
+    for _ in range(1000):
+        budget.take("flood", 100.0)
+    assert sum(budget.take(f"10.0.0.{number}", 100.0) is None for number in range(9)) == 9
+
+
+def test_sources_remembered_are_bounded() -> None:
+    budget = StartBudget(5.0, 1e9)
+    for number in range(SOURCES_MAX * 2):
+        assert budget.take(str(number), 100.0) is None
+    assert budget._sources is not None and len(budget._sources) <= SOURCES_MAX
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1])
+def test_a_rate_below_one_a_second_lets_one_through_now_and_then(rate: float) -> None:
+    budget = StartBudget(rate, rate)
+    taken = sum(budget.take("a", 100.0 + second) is None for second in range(100))
+    assert taken in (int(100 * rate), int(100 * rate) + 1)
+
+
+def test_a_rate_of_none_lets_nothing_through() -> None:
+    assert all(StartBudget(0.0, 100.0).take("a", 100.0 + second) == math.inf for second in range(100))
+    assert all(StartBudget(5.0, 0.0).take("a", 100.0 + second) == math.inf for second in range(100))
+
+
 # --- wake rules
 
 

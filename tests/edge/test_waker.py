@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
 import pytest
 
 from proxy.edge.table import AppView, Table
 from proxy.edge.timers import Wheel
-from proxy.edge.waker import CONTROL_AWAY_S, GRACE_S, SOURCES_MAX, HintBudget, Waker
+from proxy.edge.waker import ANOTHER_S, CONTROL_AWAY_S, GRACE_S, LOOK_S, NOTED_MAX, HealthWait, Waker
 from proxy.errors import Code, ProxyError
 from proxy.ipc import Wake, WakeDone
 from proxy.model import App, AppLimits, AppName, Endpoint, Machine, MachineId, MachineState, Port, RegionCode, Service
@@ -19,14 +18,18 @@ from tests.support.wheel import Turner
 NAME, M1, M2 = AppName("web"), MachineId("m1"), MachineId("m2")
 
 
-def machine(machine_id: MachineId, state: MachineState = MachineState.STOPPED, version: int = 1) -> Machine:
+STARTED, STOPPED, STOPPING = MachineState.STARTED, MachineState.STOPPED, MachineState.STOPPING
+
+
+def machine(machine_id: MachineId, state: MachineState = STOPPED, version: int = 1, fails: bool = False) -> Machine:
     endpoints = (Endpoint(8080, "127.0.0.1", 9),) if state is MachineState.STARTED else ()
-    return Machine(machine_id, RegionCode("ams"), "app", state, version, 1, endpoints)
+    failing = (8080,) if fails else ()
+    return Machine(machine_id, RegionCode("ams"), "app", state, version, 1, endpoints, failing_ports=failing)
 
 
-def app(*machines: Machine, max_waiters: int = 100) -> App:
+def app(*machines: Machine, max_waiters: int = 100, max_queued: int = 100) -> App:
     service = Service("tcp", 8080, (Port(80, 80, ("http",)),))
-    limits = AppLimits(max_waiters=max_waiters)
+    limits = AppLimits(max_waiters=max_waiters, max_queued=max_queued)
     return App(NAME, ("web.apps.test",), (service,), machines, wake_timeout_s=30.0, limits=limits)
 
 
@@ -38,7 +41,7 @@ class Bench:
         self.wheel = Wheel(turner)  # type: ignore[arg-type]  # of the loop it uses these methods
         self.sent = SentMessages()
         self.table = Table((80,), lambda slot: 0)
-        self.waker = Waker(self.wheel, self.sent, self.table, random.Random(1))
+        self.waker = Waker(self.wheel, self.sent, self.table)
         self.told: list[Code | None] = []
         self.table.set_app(app(machine(M1), machine(M2)))
 
@@ -55,6 +58,9 @@ class Bench:
 
     def wait(self, which: MachineId = M1) -> int:
         return self.waker.wait(self.app, which, self.hear)
+
+    def wait_for_health(self, seconds: float = 10.0) -> HealthWait:
+        return self.waker.wait_for_health(self.app.services[0], self.app, seconds, self.hear)
 
 
 @pytest.fixture
@@ -185,43 +191,177 @@ def test_a_source_over_its_budget_wakes_nothing_more_and_others_do(bench: Bench)
     assert bench.waker.hint(bench.app, M2, "10.0.0.2")
 
 
-# --- the budgets themselves
+def test_budgets_given_again_as_they_were_give_nobody_a_second_helping(bench: Bench) -> None:
+    """Settings come again with every reload and with every control."""
+    bench.waker.set_budgets(1.0, 100.0)
+    assert bench.waker.hint(bench.app, M1, "10.0.0.1")
+    bench.waker.set_budgets(1.0, 100.0)
+    assert not bench.waker.hint(bench.app, M2, "10.0.0.1")
+    bench.waker.set_budgets(2.0, 100.0)
+    assert bench.waker.hint(bench.app, M2, "10.0.0.1")
 
 
-def test_a_source_gets_its_rate_and_no_burst_above_it() -> None:
-    budget = HintBudget(5.0, 100.0)
-    assert [budget.take("a", 100.0) for _ in range(8)] == [True] * 5 + [False] * 3
-    assert [budget.take("a", 100.4) for _ in range(4)] == [True] * 2 + [False] * 2
-    assert sum(budget.take("a", 100.0 + step / 100) for step in range(50, 1050)) in (49, 50, 51)
+def test_a_start_for_nobody_is_asked_for_once_a_second_and_no_budget_bounds_it(bench: Bench) -> None:
+    bench.waker.set_budgets(0.0, 0.0)
+    for _ in range(5):
+        bench.waker.start(bench.app, M1)
+    assert not bench.waker.hint(bench.app, M2, "10.0.0.1")
+    assert [(one.machine, one.hint) for one in bench.wakes] == [(M1, True)]
 
 
-def test_all_sources_together_get_no_more_than_the_whole_budget() -> None:
-    budget = HintBudget(5.0, 100.0)
-    assert sum(budget.take(f"10.0.{number // 250}.{number % 250}", 100.0) for number in range(5000)) == 100
-    assert sum(budget.take(f"10.1.{number // 250}.{number % 250}", 100.5) for number in range(5000)) == 50
+def test_what_did_not_reach_control_is_asked_for_again_at_the_next_occasion(bench: Bench) -> None:
+    bench.sent.is_up = False
+    assert not bench.waker.hint(bench.app, M1, "10.0.0.1")
+    bench.waker.start(bench.app, M2)
+    bench.sent.is_up = True
+    assert bench.waker.hint(bench.app, M1, "10.0.0.1")
+    bench.waker.start(bench.app, M2)
+    assert [one.machine for one in bench.wakes] == [M1, M2]
 
 
-def test_a_refused_source_does_not_use_up_the_others_budget() -> None:
-    budget = HintBudget(1.0, 10.0)
-    for _ in range(1000):
-        budget.take("flood", 100.0)
-    assert sum(budget.take(f"10.0.0.{number}", 100.0) for number in range(9)) == 9
+def test_what_is_remembered_of_starts_is_bounded_and_the_latest_is_not_forgotten(bench: Bench) -> None:
+    bench.waker.set_budgets(1e9, 1e9)
+    many = [MachineId(f"x{number}") for number in range(NOTED_MAX * 2)]
+    for one in many:
+        assert bench.waker.hint(bench.app, one, "10.0.0.1")
+        assert bench.waker.hint(bench.app, one, "10.0.0.1")
+    assert len(bench.wakes) == len(many), "each once, and never all forgotten at a time"
+    assert len(bench.waker._hinted) <= NOTED_MAX
+    bench.turner.to(1001.5)
+    bench.waker.hint(bench.app, M1, "10.0.0.1")
+    assert len(bench.waker._hinted) == 1, "what is over is not kept"
 
 
-def test_sources_remembered_are_bounded() -> None:
-    budget = HintBudget(5.0, 1e9)
-    for number in range(SOURCES_MAX * 2):
-        assert budget.take(str(number), 100.0)
-    assert len(budget._sources) <= SOURCES_MAX
+def test_a_control_that_comes_back_again_and_again_does_not_keep_requests_waiting_for_ever(bench: Bench) -> None:
+    bench.wait()
+    for second in range(1005, 1080, 5):
+        bench.turner.to(float(second))
+        bench.waker.on_connected()
+    assert bench.told == [Code.WAKE_TIMEOUT] and bench.waker.waiting == 0
 
 
-@pytest.mark.parametrize("rate", [0.5, 0.1])
-def test_a_rate_below_one_a_second_lets_one_through_now_and_then(rate: float) -> None:
-    budget = HintBudget(rate, rate)
-    taken = sum(budget.take("a", 100.0 + second) for second in range(100))
-    assert taken in (int(100 * rate), int(100 * rate) + 1)
+def test_a_wait_that_could_not_be_sent_is_sent_with_the_next_that_joins_it(bench: Bench) -> None:
+    """Control had read nothing for a while, so the link took no more; the connection was never lost."""
+    bench.sent.is_up = False
+    bench.wait()
+    bench.turner.to(1005.0)
+    bench.wait()
+    bench.sent.is_up = True
+    bench.turner.to(1009.0)
+    bench.wait()
+    assert [one.machine for one in bench.wakes] == [M1]
+    bench.turner.to(1020.0)
+    assert bench.told == [] and bench.waker.waiting == 3
 
 
-def test_a_rate_of_none_lets_nothing_through() -> None:
-    assert not any(HintBudget(0.0, 100.0).take("a", 100.0 + second) for second in range(100))
-    assert not any(HintBudget(5.0, 0.0).take("a", 100.0 + second) for second in range(100))
+def test_those_who_come_while_control_is_away_do_not_prolong_the_wait_of_the_first(bench: Bench) -> None:
+    bench.sent.is_up = False
+    for second in range(1000, 1010):
+        bench.turner.to(float(second))
+        bench.wait()
+    bench.turner.to(1000 + CONTROL_AWAY_S + 0.3)
+    assert bench.told == [Code.CONTROL_UNAVAILABLE] * 10
+
+
+# --- waiting for health
+
+
+def unwell(bench: Bench, *others: Machine, max_queued: int = 100) -> None:
+    """Only M1 runs, and its checks fail."""
+    bench.table.set_app(app(machine(M1, STARTED, 2, fails=True), *others, max_queued=max_queued))
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_a_refused_wait_for_health_leaves_nothing_behind(bench: Bench, most: int) -> None:
+    unwell(bench, max_queued=most)
+    waits = [bench.wait_for_health() for _ in range(most)]
+    with pytest.raises(ProxyError) as refused:
+        bench.wait_for_health()
+    assert refused.value.code is Code.NO_HEALTHY
+    for wait in waits:
+        wait.cancel()
+    assert not bench.waker._unwell
+    bench.turner.to(1020.0)
+    assert bench.told == []
+
+
+def test_those_who_wait_for_health_go_on_when_the_checks_pass_and_are_told_once(bench: Bench) -> None:
+    unwell(bench)
+    waits = [bench.wait_for_health() for _ in range(3)]
+    bench.table.set_machine(NAME, machine(M1, STARTED, 3, fails=True))
+    assert bench.told == []
+    bench.table.set_machine(NAME, machine(M1, STARTED, 4))
+    assert bench.told == [None] * 3
+    for wait in waits:
+        wait.expire()
+        wait.end(None)
+    assert bench.told == [None] * 3
+
+
+def test_one_whose_client_leaves_while_others_are_told_is_told_nothing(bench: Bench) -> None:
+    unwell(bench)
+    waits: list[HealthWait] = []
+    told: list[int] = []
+
+    def leave_together(mine: int) -> None:
+        told.append(mine)
+        waits[1 - mine].cancel()
+
+    for number in range(2):
+        waits.append(
+            bench.waker.wait_for_health(
+                bench.app.services[0], bench.app, 10.0, lambda error, number=number: leave_together(number)
+            )
+        )
+    bench.table.set_machine(NAME, machine(M1, STARTED, 3))
+    assert len(told) == 1
+
+
+def test_one_waiters_fault_leaves_the_others_of_the_same_wait_told(bench: Bench) -> None:
+    unwell(bench)
+
+    def fail(error: ProxyError | None) -> None:
+        raise RuntimeError("a client's fault")
+
+    bench.waker.wait_for_health(bench.app.services[0], bench.app, 10.0, fail)
+    bench.wait_for_health()
+    bench.table.set_machine(NAME, machine(M1, STARTED, 3))
+    bench.waker.wait(bench.app, M2, fail)
+    bench.wait(M2)
+    bench.waker.on_wake_done(WakeDone(NAME, M2, 2))
+    assert bench.told == [None, None] and len(bench.turner.errors) == 2
+
+
+def test_a_wait_for_health_ends_when_its_time_is_over_or_its_app_is_gone(bench: Bench) -> None:
+    unwell(bench)
+    bench.wait_for_health(5.0)
+    bench.turner.to(1005.3)
+    assert bench.told == [Code.NO_HEALTHY]
+    bench.wait_for_health()
+    bench.table.remove_app(NAME)
+    assert bench.told == [Code.NO_HEALTHY, None] and not bench.waker._unwell
+
+
+def test_a_cordon_lifted_again_ends_a_wait_for_health(bench: Bench) -> None:
+    """Control thought better of stopping a machine; that is no change of the machine's record."""
+    unwell(bench, machine(M2, STARTED, 2))
+    bench.table.soft_cordon(NAME, M2, True)
+    bench.wait_for_health()
+    bench.table.soft_cordon(NAME, M2, False)
+    bench.turner.to(1000 + LOOK_S + 0.3)
+    assert bench.told == [None]
+
+
+def test_a_machine_that_has_stopped_meanwhile_is_started_for_those_who_wait_for_health(bench: Bench) -> None:
+    unwell(bench, machine(M2, STOPPING, 2))
+    bench.waker.start_another(bench.app, bench.app.services[0])
+    assert bench.wakes == [], "it is no more and not yet to be had"
+    bench.wait_for_health()
+    bench.table.set_machine(NAME, machine(M2, STOPPED, 3))
+    bench.turner.to(1000 + ANOTHER_S + LOOK_S + 0.3)
+    assert {(one.machine, one.hint) for one in bench.wakes} == {(M2, True)}
+    bench.table.set_machine(NAME, machine(M2, STARTED, 4))
+    assert bench.told == [None]
+    asked = len(bench.wakes)
+    bench.turner.to(1030.0)
+    assert len(bench.wakes) == asked, "nobody waits, so nobody looks"
