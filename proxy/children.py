@@ -30,11 +30,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-QUICK_DEATH_S = 5.0  # a life shorter than this counts as a failed start
+QUICK_DEATH_S = 5.0  # a life shorter than this counts as a failed start, and so does one that never was ready
 LONG_LIFE_S = 30.0  # and one this long forgives them
 BACKOFF_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 BACKOFF_AFTER_READY = 3  # a child that had served comes back within 0.4 s however often it dies
-COVER_FAILURES = 3  # quick deaths after which another worker accepts for a slot
+COVER_FAILURES = 3  # failed starts in a row after which another worker accepts for a slot
 EXIT_FAILED = 70  # it ended by an exception; the traceback is on stderr
 _DATAGRAM_BYTES = 65_536
 _DATAGRAMS_A_TURN = 256
@@ -149,7 +149,7 @@ class Place:
     index: int  # of its heartbeat cell
     incarnation: int = 0
     child: Child | None = None
-    failures: int = 0  # quick deaths in a row
+    failures: int = 0  # failed starts in a row
     start_at: float | None = None  # when to fill it again
     covered_by: Child | None = None  # the worker that accepts for this slot while it can't start
 
@@ -168,11 +168,11 @@ class Place:
         return self.failures >= COVER_FAILURES and (self.child is None or not self.child.ready)
 
     def after_death(self, lived_s: float, was_ready: bool) -> float:
-        """Count a death; the seconds to wait before the next start."""
-        if lived_s >= LONG_LIFE_S:
-            self.failures = 0
-        elif lived_s < QUICK_DEATH_S:
+        """Count a death; the seconds to wait before the next start. Who never served has failed, however late."""
+        if lived_s < QUICK_DEATH_S or not was_ready:
             self.failures += 1
+        elif lived_s >= LONG_LIFE_S:
+            self.failures = 0
         most = BACKOFF_AFTER_READY if was_ready else len(BACKOFF_S) - 1
         return BACKOFF_S[min(max(self.failures - 1, 0), most)]
 

@@ -302,8 +302,6 @@ class Supervisor:
         place.start_at = None
         place.incarnation += 1
         now = time.monotonic()
-        if place.role == "worker" and place.incarnation > 1:  # its predecessor has been reaped: it counts no more
-            self._memory.clear_worker(place.slot)
         self._memory.beat(place.index, 0)
         try:
             child = fork(place, lambda channel: self._become(place, channel))
@@ -368,6 +366,8 @@ class Supervisor:
         how = child.reap()
         if how is None:
             return
+        if place.role == "worker":  # surely dead, and its successor not yet forked: what it counted would fill machines
+            self._surely(self._memory.clear_worker, place.slot)
         self._surely(self._hear_all, place)  # its last words
         self._selector.unregister(child.pidfd)
         if not child.gone_quiet:
@@ -542,7 +542,8 @@ class Supervisor:
             return
         address = "\0" + self._notify_socket[1:] if self._notify_socket.startswith("@") else self._notify_socket
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK  # a reader that stalls stalls not us
+            with socket.socket(socket.AF_UNIX, kind) as sender:
                 sender.sendto(state.encode(), address)
         except OSError as error:
             self._log("warning", f"NOTIFY_SOCKET {self._notify_socket}: {error}")

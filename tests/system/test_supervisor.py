@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -75,6 +76,30 @@ def test_a_dead_workers_load_is_zeroed_and_its_totals_stay(node: Supervised) -> 
     assert (after["in_flight"], after["admitted"]) == (0, 3)
 
 
+def test_a_dead_workers_load_is_zeroed_when_it_dies_however_late_its_successor_comes(node: Supervised) -> None:
+    node.tell("worker-1-crashes")
+    os.kill(node.pid_of("worker", 1), signal.SIGKILL)
+    wait_for(lambda: "starting again in 1.6 s" in node.log(), 10, lambda: f"back-off\n{node.log()}")
+    before = node.log().count("worker 1 started")
+    answer = node.ask_worker()
+    assert node.log().count("worker 1 started") == before, "asked too late to tell"
+    assert (answer["slot"], answer["in_flight"], answer["queued"]) == (0, 0, 0)
+
+
+def test_what_a_successor_counts_stays_when_others_die(node: Supervised) -> None:
+    first = node.pid_of("worker", 1)
+    os.kill(first, signal.SIGKILL)
+    node.wait_replaced("worker", 1, first)
+    counted = 0
+    while (answer := node.ask_worker("load 7 1"))["slot"] != 1:  # the kernel chooses: a few tries
+        counted += 1
+    assert answer["in_flight"] == counted + 1
+    other = node.pid_of("worker", 0)
+    os.kill(other, signal.SIGKILL)
+    node.wait_replaced("worker", 0, other)
+    assert node.ask_worker()["in_flight"] == 1
+
+
 def test_connections_queued_at_a_killed_worker_are_answered_by_its_successor(node: Supervised) -> None:
     workers = [node.pid_of("worker", slot) for slot in (0, 1)]
     for pid in workers:
@@ -124,6 +149,13 @@ def test_back_off_grows_with_quick_deaths_and_a_long_life_forgives() -> None:
     assert [place.after_death(0.1, False) for _ in range(9)] == [0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
     assert place.after_death(2.0, True) == 0.4  # it had served: never long
     assert place.after_death(31.0, True) == 0
+
+
+def test_a_child_that_hangs_at_every_start_counts_as_one_that_cannot_start() -> None:
+    """It is killed only after `FIRST_BEAT_S`: no quick death, yet clients wait at its sockets."""
+    place = Place("worker", 0, 1)
+    assert [place.after_death(seconds, False) for seconds in (20.2, 20.2, 40.0)] == [0, 0.1, 0.2]
+    assert place.cannot_start
 
 
 def test_children_are_not_blamed_when_everything_stood_still(node: Supervised) -> None:
@@ -445,6 +477,24 @@ def test_readiness_is_told_to_the_service_manager_once_everyone_is_ready(tmp_pat
             node.signal(signal.SIGTERM)
             assert manager.recv(100) == b"STOPPING=1"
             assert node.wait_ended() == 0
+
+
+def test_a_manager_that_does_not_read_its_notifications_does_not_stall_the_supervisor(tmp_path: Path) -> None:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood,
+    ):
+        manager.bind(str(tmp_path / "notify"))
+        flood.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # until it holds as much as it takes
+            while True:
+                flood.sendto(b"WATCHDOG=1", str(tmp_path / "notify"))
+        with Supervised(tmp_path / "data", env={"NOTIFY_SOCKET": str(tmp_path / "notify")}) as node:
+            node.wait_ready()
+            old = node.pid_of("worker", 1)
+            os.kill(old, signal.SIGKILL)
+            node.wait_replaced("worker", 1, old, 1.0 + SLACK_S)
+            assert "NOTIFY_SOCKET" in node.log()
 
 
 def test_it_is_not_ready_while_control_cannot_start_and_becomes_so_when_it_can(tmp_path: Path) -> None:

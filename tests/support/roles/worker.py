@@ -17,6 +17,8 @@ from tests.support.roles import BEAT_S, Role
 def run(context: ChildContext) -> int:
     role = Role(context)
     if role.told("worker-crashes") or role.told(f"worker-{context.slot}-crashes"):
+        role.memory.cells[role.memory.load_base(context.slot) + 2 * 7] += 3  # it dies at work
+        role.memory.cells[role.memory.queue_base(context.slot) + 7] = 1
         raise RuntimeError("told to crash")
     draining: list[int] = []
     covered: dict[int, list[socket.socket]] = {}
@@ -87,6 +89,7 @@ def _serve(role: Role, listener: socket.socket, leaf: ssl.SSLContext | None) -> 
             "incarnation": role.context.incarnation,
             "in_flight": memory.in_flight(7),
             "admitted": memory.admitted(7),
+            "queued": sum(bool(memory.cells[memory.queue_base(one) + 7]) for one in range(memory.workers)),
             "resumed": isinstance(client, ssl.SSLSocket) and bool(client.session_reused),
         }
         client.sendall(json.dumps(answer).encode() + b"\n")
