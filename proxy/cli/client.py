@@ -22,6 +22,7 @@ from proxy.cli.node import (
     list_apps,
     list_machines,
     machine_path,
+    refused,
     unknown_app,
 )
 from proxy.cli.output import age, print_json, say, table, waiting
@@ -219,10 +220,7 @@ def _act_failed(error: ApiError, verb: str, machine: FoundMachine, wait_s: float
             f"{machine.app}/{machine.id} was not {_DONE[verb]} after {wait_s:g} s: see `wakefront machine status "
             f"{machine.id}` and `wakefront logs {machine.app}`."
         )
-    said = error.body.get("error") if isinstance(error.body, dict) else error.body
-    if error.status in (401, 403) or not said:
-        return error
-    return CliError(f"Cannot {verb} {machine.app}/{machine.id}: {said}.")
+    return refused(error, verb, machine)
 
 
 def reload(api: Api, as_json: bool) -> None:

@@ -83,6 +83,8 @@ def _target(api: Api, app: str, path: str, plain: bool) -> Target:
         raise CliError(f"{app} has no hostname that a request could name.", USAGE)
     if not path.startswith("/"):
         raise CliError(f"--path {path} must begin with a slash.", USAGE)
+    if not all("!" <= char <= "~" for char in path):
+        raise CliError(f"--path {path!r} must be as it goes over the wire: ASCII, the rest percent-encoded.", USAGE)
     tls = None if plain else trusting(ca_pem(api))
     return Target(listen_address(api, 80 if plain else 443), str(hostnames[0]), tls, path)
 

@@ -119,7 +119,10 @@ def write_demo(folder: Path, ports: Ports) -> Path:
     source = Path(__file__).resolve().parents[2] / "demo"
     if not (source / "config.toml").is_file():
         raise CliError(f"The demo's programs are not installed (no {source}): run it from a source checkout.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CliError(f"The demo cannot use {folder} ({error.strerror}): name another folder with --dir.") from error
     shutil.copytree(source / "apps", folder / "apps", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(source / "ws.py", folder)
     text = (source / "config.toml").read_text()

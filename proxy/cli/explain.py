@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from proxy.cli.node import Api, bound_ports
+from proxy.cli.failure import USAGE, CliError
+from proxy.cli.node import Api, ApiError, bound_ports
 from proxy.cli.output import print_json, say
 
 
 def explain(api: Api, url: str, method: str, headers: list[str], source: str, as_json: bool) -> None:
     """Ask the node, and tell the steps."""
     asked = {"url": _with_public_port(api, url), "method": method, "headers": headers, "source": source}
-    found: dict[str, Any] = api.post("/v1/explain", asked)  # Any: JSON
+    try:
+        ipaddress.ip_address(source)
+    except ValueError:
+        raise CliError(f"--from {source!r} is no IP address.", USAGE) from None
+    try:
+        found: dict[str, Any] = api.post("/v1/explain", asked)  # Any: JSON
+    except ApiError as error:
+        if error.status != 400:
+            raise
+        raise CliError(f"Cannot explain that: {error.body['error']}.", USAGE) from None
     if as_json:
         print_json(found)
         return

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from proxy.cli.failure import USAGE, CliError
-from proxy.cli.node import Api, ApiError, FoundMachine, find_machine, lease_header, machine_path
+from proxy.cli.node import Api, ApiError, FoundMachine, find_machine, lease_header, machine_path, refused
 from proxy.cli.output import age, print_json, say, table, waiting
 
 _LONGEST_ASK_S = 60.0  # of one wait, by the API
@@ -39,7 +39,7 @@ def _change(api: Api, verb: str, wanted: str, app: str | None, nonce: str | None
     try:
         return found, api.post(f"{_path(found)}/{verb}", headers=lease_header(nonce))
     except ApiError as error:
-        raise _refused(error, verb, found) from None
+        raise refused(error, verb, found) from None
 
 
 # --- waiting
@@ -50,6 +50,8 @@ def wait(
     from_event: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Until the machine is in one of the states. The API waits a minute at most, so a longer wait asks again."""
+    if not all(word.strip() for state in states for word in state.split(",")):
+        raise CliError("--state is empty: name one as `machine list` shows it, or `settled`.", USAGE)
     found = find_machine(api, wanted, app)
     query: dict[str, Any] = {"state": ",".join(states)}
     query |= {key: value for key, value in (("version", version), ("from_event_id", from_event)) if value}
@@ -62,7 +64,7 @@ def wait(
                 break
             except ApiError as error:
                 if error.status != 408 or time.monotonic() >= deadline:
-                    raise _refused(error, "wait for", found) from None
+                    raise refused(error, "wait for", found) from None
     if as_json:
         print_json({**_name(found), **answer})
     else:
@@ -97,7 +99,7 @@ def lease_take(
     try:
         lease = api.post(f"{_path(found)}/lease", body, headers=lease_header(nonce))["data"]
     except ApiError as error:
-        raise _refused(error, "extend the lease of" if nonce else "lease", found) from None
+        raise refused(error, "extend the lease of" if nonce else "lease", found) from None
     if as_json:
         print_json({**_name(found), "lease": lease})
     else:
@@ -109,7 +111,7 @@ def lease_release(api: Api, wanted: str, app: str | None, nonce: str, as_json: b
     try:
         api.delete(f"{_path(found)}/lease", headers=lease_header(nonce))
     except ApiError as error:
-        raise _refused(error, "release the lease of", found) from None
+        raise refused(error, "release the lease of", found) from None
     if as_json:
         print_json({**_name(found), "lease": None})
     else:
@@ -160,7 +162,7 @@ def _merge(
     try:
         api.post(f"{_path(found)}/metadata", {"metadata": changes}, headers=lease_header(nonce))
     except ApiError as error:
-        raise _refused(error, "change the metadata of", found) from None
+        raise refused(error, "change the metadata of", found) from None
     if as_json:
         print_json({**_name(found), "metadata": api.get(f"{_path(found)}/metadata")})
     else:
@@ -177,10 +179,3 @@ def _name(found: FoundMachine) -> dict[str, Any]:
 
 def _path(found: FoundMachine) -> str:
     return machine_path(found.app, found.id)
-
-
-def _refused(error: ApiError, verb: str, found: FoundMachine) -> CliError:
-    said = error.body.get("error") if isinstance(error.body, dict) else error.body
-    if error.status in (401, 403) or not said:
-        return error
-    return CliError(f"Cannot {verb} {found.app}/{found.id}: {said}.")

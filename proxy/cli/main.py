@@ -6,13 +6,20 @@ arrive here as CliError: one sentence on stderr and exit code 1 (what was asked 
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NamedTuple, ParamSpec
 
 import typer
 
-from proxy.cli.failure import CliError
+from proxy.cli.failure import FAILED, CliError
+
+if TYPE_CHECKING:
+    from proxy.cli.node import Api
 
 app = typer.Typer(
     help="Fly's edge on your own machines: TLS, routing, waking and scale to zero.",
@@ -53,19 +60,29 @@ def _complete_machine(incomplete: str) -> list[str]:
         return []
 
 
+def _whole_word(word: str | None) -> str | None:
+    """Refuse what an unset variable of the user's shell leaves, which would mean any machine, and what is no text."""
+    if word is not None and (not word or not word.isprintable()):
+        raise typer.BadParameter("it is empty." if not word else f"{word!r} is no name or id.")
+    return word
+
+
 Config = Annotated[
     Path | None,
     typer.Option("--config", "-c", envvar="WAKEFRONT_CONFIG", help="The node's config.toml (default ./config.toml)."),
 ]
 Admin = Annotated[str | None, typer.Option("--admin", metavar="HOST:PORT", help="The node's admin API.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-AppArgument = Annotated[str, typer.Argument(metavar="APP", autocompletion=_complete_app)]
-AppFilter = Annotated[str | None, typer.Option("--app", "-a", metavar="APP", autocompletion=_complete_app)]
+AppArgument = Annotated[str, typer.Argument(metavar="APP", callback=_whole_word, autocompletion=_complete_app)]
+AppFilter = Annotated[
+    str | None, typer.Option("--app", "-a", metavar="APP", callback=_whole_word, autocompletion=_complete_app)
+]
 MachineArgument = Annotated[
     str,
     typer.Argument(
         metavar="MACHINE",
         help="An id, the beginning of one, or the name of an app with one machine.",
+        callback=_whole_word,
         autocompletion=_complete_machine,
     ),
 ]
@@ -75,7 +92,40 @@ Nonce = Annotated[
 ]
 NeededNonce = Annotated[str, typer.Option("--nonce", envvar=_NONCE_VARIABLE, help="Of the lease you hold.")]
 Ttl = Annotated[float, typer.Option("--ttl", metavar="SECONDS", min=1, max=86_400, help="When it expires by itself.")]
-Wait = Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait for the new state; 0 = do not.")]
+Wait = Annotated[
+    float, typer.Option("--wait", metavar="SECONDS", min=0, max=86_400, help="Wait for the new state; 0 = do not.")
+]
+
+
+class Ask(NamedTuple):
+    """What --config, --admin and --json of a command come to."""
+
+    node: Api
+    json: bool
+
+
+P = ParamSpec("P")
+_ASK_OPTIONS = tuple(
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    for name, annotation, default in (("config", Config, None), ("admin", Admin, None), ("json", Json, False))
+)
+
+
+def asking(command: Callable[Concatenate[Ask, P], None]) -> Callable[..., None]:
+    """Make a command of one that asks a node: its users give --config, --admin and --json, and it gets them as `ask`.
+
+    typer makes options of the parameters in a function's signature, so the three stand there in the place of `ask`.
+    """
+
+    @functools.wraps(command)
+    def run(*, config: Path | None, admin: str | None, json: bool, **words: Any) -> None:  # Any: by the signature
+        from proxy.cli.client import connect
+
+        command(Ask(connect(config, admin), json), **words)  # type: ignore[call-arg]  # typer gives all by name
+
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    run.__signature__ = inspect.Signature([*own, *_ASK_OPTIONS])  # type: ignore[attr-defined]  # as PEP 362 has it
+    return run
 
 
 def _print_version(wanted: bool) -> None:
@@ -124,193 +174,154 @@ def check(
 
 
 @app.command()
-def reload(config: Config = None, admin: Admin = None, json: Json = False) -> None:
+@asking
+def reload(ask: Ask) -> None:
     """Have the node read its configuration again; a faulty one changes nothing and says why."""
-    from proxy.cli.client import connect, reload
+    from proxy.cli.client import reload
 
-    reload(connect(config, admin), json)
+    reload(ask.node, ask.json)
 
 
 @app.command()
-def status(config: Config = None, admin: Admin = None, json: Json = False) -> None:
+@asking
+def status(ask: Ask) -> None:
     """How the node, its processes and its apps are."""
-    from proxy.cli.client import connect, status
+    from proxy.cli.client import status
 
-    status(connect(config, admin), json)
+    status(ask.node, ask.json)
 
 
 @app.command()
-def apps(config: Config = None, admin: Admin = None, json: Json = False) -> None:
+@asking
+def apps(ask: Ask) -> None:
     """The node's apps and how many of their machines run."""
-    from proxy.cli.client import apps, connect
+    from proxy.cli.client import apps
 
-    apps(connect(config, admin), json)
+    apps(ask.node, ask.json)
 
 
 @app.command()
+@asking
 def explain(
+    ask: Ask,
     url: Annotated[str, typer.Argument(metavar="URL", help="As a client would ask; https:// may be left out.")],
     method: Annotated[str, typer.Option("--method", "-X", help="Its method.")] = "GET",
     header: Annotated[list[str] | None, typer.Option("--header", "-H", help="'name: value', may be repeated.")] = None,
     source: Annotated[str, typer.Option("--from", metavar="ADDRESS", help="The client's address.")] = "127.0.0.1",
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
 ) -> None:
     """Which machine a request would get now, and why. Nothing is sent or started."""
-    from proxy.cli.client import connect
     from proxy.cli.explain import explain
 
-    explain(connect(config, admin), url, method, header or [], source, json)
+    explain(ask.node, url, method, header or [], source, ask.json)
 
 
 @app.command()
+@asking
 def logs(
+    ask: Ask,
     app_name: AppArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last lines to begin with.")] = 100,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
 ) -> None:
     """What an app's machines printed."""
-    from proxy.cli.client import connect, logs
+    from proxy.cli.client import logs
 
-    logs(connect(config, admin), app_name, follow, lines, json)
+    logs(ask.node, app_name, follow, lines, ask.json)
 
 
 @machine_app.command("list")
+@asking
 def machine_list(
-    app_name: Annotated[str | None, typer.Argument(metavar="[APP]", autocompletion=_complete_app)] = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
+    ask: Ask,
+    app_name: Annotated[
+        str | None, typer.Argument(metavar="[APP]", callback=_whole_word, autocompletion=_complete_app)
+    ] = None,
 ) -> None:
     """Machines of one app, or of all."""
-    from proxy.cli.client import connect, machine_list
+    from proxy.cli.client import machine_list
 
-    machine_list(connect(config, admin), app_name, json)
+    machine_list(ask.node, app_name, ask.json)
 
 
 @machine_app.command("status")
-def machine_status(
-    machine: MachineArgument,
-    app_name: AppFilter = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
-) -> None:
+@asking
+def machine_status(ask: Ask, machine: MachineArgument, app_name: AppFilter = None) -> None:
     """One machine: its state, how it was last woken, what happened to it."""
-    from proxy.cli.client import connect, machine_status
+    from proxy.cli.client import machine_status
 
-    machine_status(connect(config, admin), machine, app_name, json)
+    machine_status(ask.node, machine, app_name, ask.json)
 
 
 @machine_app.command("start")
+@asking
 def machine_start(
-    machine: MachineArgument,
-    app_name: AppFilter = None,
-    wait: Wait = 60.0,
-    nonce: Nonce = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
+    ask: Ask, machine: MachineArgument, app_name: AppFilter = None, wait: Wait = 60.0, nonce: Nonce = None
 ) -> None:
     """Start or resume a machine."""
-    _act("start", machine, app_name, wait, nonce, config, admin, json)
+    _act(ask, "start", machine, app_name, wait, nonce)
 
 
 @machine_app.command("stop")
+@asking
 def machine_stop(
-    machine: MachineArgument,
-    app_name: AppFilter = None,
-    wait: Wait = 60.0,
-    nonce: Nonce = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
+    ask: Ask, machine: MachineArgument, app_name: AppFilter = None, wait: Wait = 60.0, nonce: Nonce = None
 ) -> None:
     """Stop a machine; the next request starts it cold."""
-    _act("stop", machine, app_name, wait, nonce, config, admin, json)
+    _act(ask, "stop", machine, app_name, wait, nonce)
 
 
 @machine_app.command("suspend")
+@asking
 def machine_suspend(
-    machine: MachineArgument,
-    app_name: AppFilter = None,
-    wait: Wait = 60.0,
-    nonce: Nonce = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
+    ask: Ask, machine: MachineArgument, app_name: AppFilter = None, wait: Wait = 60.0, nonce: Nonce = None
 ) -> None:
     """Freeze a machine; the next request resumes it where it was."""
-    _act("suspend", machine, app_name, wait, nonce, config, admin, json)
+    _act(ask, "suspend", machine, app_name, wait, nonce)
 
 
 @machine_app.command("restart")
+@asking
 def machine_restart(
-    machine: MachineArgument,
-    app_name: AppFilter = None,
-    wait: Wait = 60.0,
-    nonce: Nonce = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
+    ask: Ask, machine: MachineArgument, app_name: AppFilter = None, wait: Wait = 60.0, nonce: Nonce = None
 ) -> None:
     """Stop a machine and start it again."""
-    _act("restart", machine, app_name, wait, nonce, config, admin, json)
+    _act(ask, "restart", machine, app_name, wait, nonce)
 
 
-def _act(
-    verb: str, machine: str, app_name: str | None, wait_s: float, nonce: str | None, config: Path | None,
-    admin: str | None, as_json: bool,
-) -> None:  # fmt: skip
-    from proxy.cli.client import connect, machine_act
+def _act(ask: Ask, verb: str, machine: str, app_name: str | None, wait_s: float, nonce: str | None) -> None:
+    from proxy.cli.client import machine_act
 
-    machine_act(connect(config, admin), verb, machine, app_name, wait_s, as_json, nonce)
+    machine_act(ask.node, verb, machine, app_name, wait_s, ask.json, nonce)
 
 
 @machine_app.command("cordon")
-def machine_cordon(
-    machine: MachineArgument,
-    app_name: AppFilter = None,
-    nonce: Nonce = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
-) -> None:
+@asking
+def machine_cordon(ask: Ask, machine: MachineArgument, app_name: AppFilter = None, nonce: Nonce = None) -> None:
     """Send a machine nothing new; what it has goes on."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import cordon
 
-    cordon(connect(config, admin), machine, app_name, nonce, json)
+    cordon(ask.node, machine, app_name, nonce, ask.json)
 
 
 @machine_app.command("uncordon")
-def machine_uncordon(
-    machine: MachineArgument,
-    app_name: AppFilter = None,
-    nonce: Nonce = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
-) -> None:
+@asking
+def machine_uncordon(ask: Ask, machine: MachineArgument, app_name: AppFilter = None, nonce: Nonce = None) -> None:
     """Let a cordoned machine have requests again."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import uncordon
 
-    uncordon(connect(config, admin), machine, app_name, nonce, json)
+    uncordon(ask.node, machine, app_name, nonce, ask.json)
 
 
 @machine_app.command("wait")
+@asking
 def machine_wait(
+    ask: Ask,
     machine: MachineArgument,
     state: Annotated[
         list[str] | None,
         typer.Option("--state", "-s", help="A state, or several with commas; `settled` is any that lasts."),
     ] = None,
-    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0)] = 60.0,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0, max=86_400)] = 60.0,
     version: Annotated[
         str | None, typer.Option("--version", help="Fail at once if its instance_id is another.")
     ] = None,
@@ -318,147 +329,121 @@ def machine_wait(
         str | None, typer.Option("--from-event", metavar="ID", help="Only what came after this event counts.")
     ] = None,
     app_name: AppFilter = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
 ) -> None:
     """Wait until a machine is in a state (default: started)."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import wait
 
-    wait(connect(config, admin), machine, app_name, state or ["started"], timeout, version, from_event, json)
+    wait(ask.node, machine, app_name, state or ["started"], timeout, version, from_event, ask.json)
 
 
 @lease_app.command("show")
-def lease_show(
-    machine: MachineArgument, app_name: AppFilter = None, config: Config = None, admin: Admin = None, json: Json = False
-) -> None:
+@asking
+def lease_show(ask: Ask, machine: MachineArgument, app_name: AppFilter = None) -> None:
     """Who holds a machine, and until when."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import lease_show
 
-    lease_show(connect(config, admin), machine, app_name, json)
+    lease_show(ask.node, machine, app_name, ask.json)
 
 
 @lease_app.command("take")
+@asking
 def lease_take(
+    ask: Ask,
     machine: MachineArgument,
     ttl: Ttl = 60.0,
     description: Annotated[str, typer.Option("--description", "-d", help="What others are told.")] = "",
     app_name: AppFilter = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
 ) -> None:
     """Take a machine to yourself for a while; changes then need the nonce that this prints."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import lease_take
 
-    lease_take(connect(config, admin), machine, app_name, ttl, description, None, json)
+    lease_take(ask.node, machine, app_name, ttl, description, None, ask.json)
 
 
 @lease_app.command("extend")
+@asking
 def lease_extend(
-    machine: MachineArgument,
-    nonce: NeededNonce,
-    ttl: Ttl = 60.0,
-    app_name: AppFilter = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
+    ask: Ask, machine: MachineArgument, nonce: NeededNonce, ttl: Ttl = 60.0, app_name: AppFilter = None
 ) -> None:
     """Keep a lease that you hold for longer, from now on."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import lease_take
 
-    lease_take(connect(config, admin), machine, app_name, ttl, "", nonce, json)
+    lease_take(ask.node, machine, app_name, ttl, "", nonce, ask.json)
 
 
 @lease_app.command("release")
-def lease_release(
-    machine: MachineArgument,
-    nonce: NeededNonce,
-    app_name: AppFilter = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
-) -> None:
+@asking
+def lease_release(ask: Ask, machine: MachineArgument, nonce: NeededNonce, app_name: AppFilter = None) -> None:
     """Give a lease back."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import lease_release
 
-    lease_release(connect(config, admin), machine, app_name, nonce, json)
+    lease_release(ask.node, machine, app_name, nonce, ask.json)
 
 
 @metadata_app.command("show")
-def metadata_show(
-    machine: MachineArgument, app_name: AppFilter = None, config: Config = None, admin: Admin = None, json: Json = False
-) -> None:
+@asking
+def metadata_show(ask: Ask, machine: MachineArgument, app_name: AppFilter = None) -> None:
     """A machine's metadata."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import metadata_show
 
-    metadata_show(connect(config, admin), machine, app_name, json)
+    metadata_show(ask.node, machine, app_name, ask.json)
 
 
 @metadata_app.command("set")
+@asking
 def metadata_set(
+    ask: Ask,
     machine: MachineArgument,
     pairs: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...")],
     app_name: AppFilter = None,
     nonce: Nonce = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
 ) -> None:
     """Set keys of a machine's metadata; others stay."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import metadata_set
 
-    metadata_set(connect(config, admin), machine, app_name, pairs, nonce, json)
+    metadata_set(ask.node, machine, app_name, pairs, nonce, ask.json)
 
 
 @metadata_app.command("remove")
+@asking
 def metadata_remove(
+    ask: Ask,
     machine: MachineArgument,
     keys: Annotated[list[str], typer.Argument(metavar="KEY...")],
     app_name: AppFilter = None,
     nonce: Nonce = None,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
 ) -> None:
     """Remove keys from a machine's metadata."""
-    from proxy.cli.client import connect
     from proxy.cli.machine import metadata_remove
 
-    metadata_remove(connect(config, admin), machine, app_name, keys, nonce, json)
+    metadata_remove(ask.node, machine, app_name, keys, nonce, ask.json)
 
 
 @certs_app.command("ca")
-def certs_ca(config: Config = None, admin: Admin = None, json: Json = False) -> None:
+@asking
+def certs_ca(ask: Ask) -> None:
     """Print the root certificate that the node's own certificates are signed with, as PEM."""
-    from proxy.cli.client import certs_ca, connect
+    from proxy.cli.client import certs_ca
 
-    certs_ca(connect(config, admin), json)
+    certs_ca(ask.node, ask.json)
 
 
 @bench_app.command("coldstart")
+@asking
 def bench_coldstart(
-    app_name: Annotated[str, typer.Option("--app", "-a", metavar="APP", autocompletion=_complete_app)],
+    ask: Ask,
+    app_name: Annotated[
+        str, typer.Option("--app", "-a", metavar="APP", callback=_whole_word, autocompletion=_complete_app)
+    ],
     runs: Annotated[int, typer.Option("--runs", "-n", min=1, max=10_000)] = 20,
     suspend: Annotated[bool, typer.Option("--suspend", help="Suspend between runs instead of stopping.")] = False,
     path: Annotated[str, typer.Option("--path", help="The path to ask for.")] = "/",
     plain: Annotated[bool, typer.Option("--http", help="Plain HTTP on port 80 instead of HTTPS on 443.")] = False,
-    config: Config = None,
-    admin: Admin = None,
-    json: Json = False,
 ) -> None:
     """Stop an app's machine and make the request that wakes it, again and again; print how long each phase took."""
-    from proxy.cli.client import connect
     from proxy.cli.coldstart import coldstart
 
-    coldstart(connect(config, admin), app_name, runs, suspend=suspend, path=path, plain=plain, as_json=json)
+    coldstart(ask.node, app_name, runs, suspend=suspend, path=path, plain=plain, as_json=ask.json)
 
 
 @app.command()
@@ -479,8 +464,14 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line. Never returns: ends in SystemExit."""
     from proxy.cli.output import print_error
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this; nobody wants to read it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
     try:
         app(arguments, prog_name="wakefront")
     except CliError as error:
         print_error(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:  # mostly standard output: a full disk
+        print_error(f"{error}.")
+        sys.exit(FAILED)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ DEFAULT_CONFIG = "config.toml"
 # Those of proxy.config, whose import would double the time of a command; a test holds them equal.
 DEFAULT_ADMIN = "127.0.0.1:8081"
 DEFAULT_DATA_DIR = "./wakefront-data"
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]|[0-9A-Fa-f:.]+):([0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,10 @@ def find_node(config: Path | None, admin: str | None) -> Node:
     its files are being edited.
     """
     path = config_path(config)
-    token = os.environ.get(TOKEN_VARIABLE)
+    token = _checked_token(os.environ.get(TOKEN_VARIABLE, ""), TOKEN_VARIABLE)
     if admin is not None and token:
         return Node(*_split_address(admin, "--admin"), token, TOKEN_VARIABLE)
-    if not path.is_file():
+    if not is_file(path):
         if admin is not None:
             raise CliError(
                 f"--admin {admin} needs the node's token: name its config.toml with --config, or put the token into "
@@ -74,12 +76,22 @@ def find_node(config: Path | None, admin: str | None) -> Node:
     return Node(host, port, _read_token(token_path, path), str(token_path), data_dir)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file to read. Raises CliError where that is not to be known: no permission, a broken name."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise CliError(f"Cannot read {path}: {error.strerror}.", USAGE) from error
+
+
 def _read_config(path: Path) -> tuple[str, Path]:
     try:
         with path.open("rb") as file:
             raw = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise CliError(f"Cannot read {path}: {error}.", USAGE) from error
+    except OSError as error:
+        raise CliError(f"Cannot read {path}: {error.strerror}.", USAGE) from error
+    except (ValueError, RecursionError) as error:  # no TOML, or not even text
+        raise CliError(f"{path} is not valid ({error}): see `wakefront check --config {path}`.", USAGE) from error
     listen, node = raw.get("listen", {}), raw.get("node", {})
     admin = listen.get("admin", DEFAULT_ADMIN) if isinstance(listen, dict) else DEFAULT_ADMIN
     data_dir = node.get("data_dir", DEFAULT_DATA_DIR) if isinstance(node, dict) else DEFAULT_DATA_DIR
@@ -90,7 +102,7 @@ def _read_config(path: Path) -> tuple[str, Path]:
 
 def _read_token(token_path: Path, config: Path) -> str:
     try:
-        token = token_path.read_text("ascii").strip()
+        token = _checked_token(token_path.read_text("utf-8").strip(), str(token_path))
     except FileNotFoundError as error:
         raise CliError(
             f"No node has run with {config} yet (no {token_path}): start it with `wakefront serve --config {config}`."
@@ -104,9 +116,16 @@ def _read_token(token_path: Path, config: Path) -> str:
     return token
 
 
+def _checked_token(token: str, where: str) -> str:
+    """The token, if it can stand in a header. It is not repeated in the message: it may be a good one, cut wrongly."""
+    if not all("!" <= char <= "~" for char in token):
+        raise CliError(f"What {where} holds is no token: copy the line of the node's admin.token as it is.", USAGE)
+    return token
+
+
 def _split_address(address: str, where: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
+    host, port = match.groups() if (match := _ADDRESS.fullmatch(address)) else ("", "0")
+    if not 0 < int(port) < 65536:
         raise CliError(f"{where}: {address!r} is not HOST:PORT, for example 127.0.0.1:8081.", USAGE)
     return host.strip("[]") or "127.0.0.1", int(port)
 
@@ -149,12 +168,8 @@ class Api:
         return self._call("DELETE", path, None, None, timeout_s, headers)
 
     def text(self, path: str, timeout_s: float = 10.0) -> str:
-        connection, response = self._open("GET", path, None, None, timeout_s)
-        try:
-            raw = response.read().decode("utf-8", "replace")
-        finally:
-            connection.close()
-        self._raise_for_status(response.status, raw)
+        status, raw = self._answer("GET", path, None, None, timeout_s)
+        self._raise_for_status(status, raw)
         return raw
 
     def stream(self, path: str, query: dict[str, Any], timeout_s: float | None) -> Iterator[str]:
@@ -174,20 +189,26 @@ class Api:
         self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None, timeout_s: float,
         more: dict[str, str] | None = None,
     ) -> Any:  # fmt: skip
-        connection, response = self._open(method, path, query, body, timeout_s, more)
-        try:
-            raw = response.read().decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException) as error:
-            raise CliError(f"The node at {self.node.address} broke off its answer ({_reason(error)}).") from error
-        finally:
-            connection.close()
-        self._raise_for_status(response.status, raw)
+        status, raw = self._answer(method, path, query, body, timeout_s, more)
+        self._raise_for_status(status, raw)
         try:
             return json.loads(raw) if raw.strip() else None
         except ValueError as error:
             raise CliError(
                 f"What answers at {self.node.address} is not a Wakefront node: {path} gave no JSON."
             ) from error
+
+    def _answer(
+        self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None, timeout_s: float,
+        more: dict[str, str] | None = None,
+    ) -> tuple[int, str]:  # fmt: skip
+        connection, response = self._open(method, path, query, body, timeout_s, more)
+        try:
+            return response.status, response.read().decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise CliError(f"The node at {self.node.address} broke off its answer ({_reason(error)}).") from error
+        finally:
+            connection.close()
 
     def _open(
         self, method: str, path: str, query: dict[str, Any] | None, body: dict[str, Any] | None,
@@ -213,7 +234,7 @@ class Api:
             raise CliError(
                 f"The node at {self.node.address} did not answer {method} {path} within {timeout_s:g} s."
             ) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: a name that is none
             connection.close()
             raise CliError(f"Cannot reach the node at {self.node.address} ({_reason(error)}).") from error
 
@@ -224,15 +245,29 @@ class Api:
             body: Any = json.loads(raw)
         except ValueError:
             body = raw.strip()
-        said = body.get("error") or body.get("message") if isinstance(body, dict) else body
-        if status in (401, 403):
+        said = body.get("error") or body.get("message") if isinstance(body, dict) else None
+        if status == 401:
             message = (
                 f"The node at {self.node.address} refused the token from {self.node.token_from}: is this the "
                 "config.toml that it runs with?"
             )
+        elif status == 403 and said:
+            message = (
+                f"The node at {self.node.address} refuses to be asked so: {said}; see [listen] in its config.toml."
+            )
+        elif said is None:
+            message = f"What answers at {self.node.address} is not a Wakefront node: it gave {status} without a reason."
         else:
-            message = f"The node answered {status}: {said or 'no reason given'}."
+            message = f"The node answered {status}: {said}."
         raise ApiError(status, message, body)
+
+
+def refused(error: ApiError, verb: str, machine: FoundMachine) -> CliError:
+    """The same refusal, said of the machine."""
+    if error.status in (401, 403) or not isinstance(error.body, dict) or not error.body.get("error"):
+        return error
+    hint = ". Name it with --nonce, or wait" if error.body.get("status") == "lease_held" else ""
+    return CliError(f"Cannot {verb} {machine.app}/{machine.id}: {error.body['error']}{hint}.")
 
 
 def _reason(error: BaseException) -> str:

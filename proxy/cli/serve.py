@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy.cli.failure import USAGE, CliError
-from proxy.cli.node import config_path
+from proxy.cli.node import config_path, is_file
 from proxy.cli.output import print_json, say
 from proxy.config import AppConfig, NodeConfig, load, plan
 from proxy.model import Port
@@ -19,7 +19,7 @@ from proxy.process import ServePlan
 def serve(config: Path | None, as_json: bool) -> None:
     """Never returns: ends in exec, or in CliError where the configuration is not good."""
     path = config_path(config)
-    if not path.is_file():
+    if not is_file(path):
         raise CliError(
             f"No config file at {path}: name one with --config FILE; README.md has a first one to copy.", USAGE
         )

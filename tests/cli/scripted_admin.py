@@ -35,6 +35,8 @@ class ScriptedAdmin:
         self.log_lines: dict[str, list[str]] = {}
         self.warnings: list[str] = []
         self.reload_answer: tuple[int, Any] = (200, {"added": [], "changed": [], "removed": [], "warnings": []})
+        self.explained: list[dict[str, Any]] = []  # what was asked
+        self.explain_answer: tuple[int, Any] = (200, {"action": "send", "code": None, "machines": ["a"], "steps": []})
         self.refuses: dict[str, tuple[int, Any]] = {}  # verb -> answer
         self.ca_asked, self.ca_made_after = 0, 0  # how many questions come before the CA is made
         self.stuck = False  # no machine ever comes to the state waited for
@@ -53,6 +55,7 @@ class ScriptedAdmin:
         app.router.add_get(prefix + "/{id}/events", self._events)
         app.router.add_get(prefix + "/{id}/wakes", self._wakes)
         app.router.add_post("/v1/reload", self._reload)
+        app.router.add_post("/v1/explain", self._explain)
         app.router.add_get("/v1/apps/{app}/logs", self._logs)
         app.router.add_get("/v1/certs/ca", self._ca)
         return app
@@ -133,6 +136,11 @@ class ScriptedAdmin:
 
     async def _reload(self, _: web.Request) -> web.Response:
         status, body = self.reload_answer
+        return web.json_response(body, status=status)
+
+    async def _explain(self, request: web.Request) -> web.Response:
+        self.explained.append(await request.json())
+        status, body = self.explain_answer
         return web.json_response(body, status=status)
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
