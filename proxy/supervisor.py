@@ -30,6 +30,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NoReturn, TypeVar
@@ -109,6 +110,7 @@ class Supervisor:
         set_process_name("wakefront")
         self._roles = os.environ.get("WAKEFRONT_ROLES", "proxy")
         self._notify_socket = os.environ.pop("NOTIFY_SOCKET", None)
+        self._unsaid: deque[str] = deque()  # to systemd
         self._run_dir = RunDir(plan)
         try:
             patience_s = UNCLEAN_PATIENCE_S if self._run_dir.was_left_behind else 0.0
@@ -156,6 +158,7 @@ class Supervisor:
         self._surely(self._watch, now)
         self._surely(self._scan_orphans, now)
         self._surely(self._advance, now)
+        self._surely(self._notify_on, now)
         for place in self._places:
             if place.start_at is not None and place.start_at <= now:
                 self._surely(self._start, place)
@@ -538,14 +541,25 @@ class Supervisor:
 
     def _notify(self, state: str) -> None:
         """Tell systemd, if it asked (sd_notify(3))."""
-        if not self._notify_socket:
+        if self._notify_socket:
+            self._unsaid.append(state)
+            self._notify_on(time.monotonic())
+
+    def _notify_on(self, now: float) -> None:
+        """Say what is left to say; while its reader has stalled, again with the next turn."""
+        if not self._unsaid or not self._notify_socket:
             return
         address = "\0" + self._notify_socket[1:] if self._notify_socket.startswith("@") else self._notify_socket
         try:
-            kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK  # a reader that stalls stalls not us
-            with socket.socket(socket.AF_UNIX, kind) as sender:
-                sender.sendto(state.encode(), address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+                sender.setblocking(False)
+                while self._unsaid:
+                    sender.sendto(self._unsaid[0].encode(), address)
+                    self._unsaid.popleft()
+        except BlockingIOError:
+            pass
         except OSError as error:
+            self._unsaid.clear()
             self._log("warning", f"NOTIFY_SOCKET {self._notify_socket}: {error}")
 
     def _log(self, level: str, text: str) -> None:
