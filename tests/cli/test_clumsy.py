@@ -106,6 +106,14 @@ def test_another_program_s_page_is_not_printed(node: ScriptedAdmin, run: Run) ->
     assert ended.code == 1 and "not a Wakefront node" in ended.err and "DOCTYPE" not in ended.err
 
 
+def test_a_node_that_is_asked_under_a_wrong_name_says_so_and_the_token_is_not_blamed(
+    node: ScriptedAdmin, run: Run
+) -> None:
+    node.reload_answer = (403, {"error": "the Host header is not this node's admin address", "status": "unauthorized"})
+    ended = run("reload")
+    assert ended.code == 1 and "not this node's admin address" in ended.err and "token" not in ended.err
+
+
 # --- explain, bench, demo
 
 
