@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NamedTuple, Param
 
 import typer
 
-from proxy.cli.failure import FAILED, CliError
+from proxy.cli.failure import FAILED, USAGE, CliError
 
 if TYPE_CHECKING:
     from proxy.cli.node import Api
@@ -167,9 +167,11 @@ def check(
 ) -> None:
     """Say what config.toml and its fly.toml files come to, and list every fault."""
     from proxy.cli.check import run_check
-    from proxy.cli.node import config_path
+    from proxy.cli.node import DEFAULT_CONFIG, config_path
 
     files = fly_toml or []
+    if node_files := [one for one in files if one.name == DEFAULT_CONFIG]:
+        raise CliError(f"{node_files[0]} is a node's file: `wakefront check --config {node_files[0]}`.", USAGE)
     raise typer.Exit(run_check(config_path(config) if config is not None or not files else None, files, json))
 
 

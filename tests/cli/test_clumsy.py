@@ -114,6 +114,11 @@ def test_a_node_that_is_asked_under_a_wrong_name_says_so_and_the_token_is_not_bl
     assert ended.code == 1 and "not this node's admin address" in ended.err and "token" not in ended.err
 
 
+def test_a_node_s_file_given_as_a_fly_toml_is_not_called_good(node: ScriptedAdmin, run: Run) -> None:
+    ended = run("check", "./config.toml")
+    assert ended.code == 2 and "wakefront check --config config.toml" in ended.err
+
+
 # --- explain, bench, demo
 
 
