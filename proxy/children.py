@@ -132,6 +132,12 @@ class Child:
         except ValueError:
             return f"was killed by signal {result.si_status}"
 
+    def end(self) -> None:
+        """Kill it and wait for that: for one that has only just been forked, and holds nothing."""
+        self.kill()
+        os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        self.close()
+
     def close(self) -> None:
         os.close(self.pidfd)
         self.channel.close()

@@ -307,16 +307,14 @@ class Supervisor:
         now = time.monotonic()
         self._memory.beat(place.index, 0)
         try:
-            child = fork(place, lambda channel: self._become(place, channel))
-        except OSError as error:
+            child = self._fork(place)
+        except (OSError, MemoryError) as error:
             delay = max(0.1, place.after_death(0.0, False))
-            self._log("error", f"{place.name} can't be started: {error}; trying again in {delay:g} s")
+            self._log("error", f"{place.name} can't be started: {error!r}; trying again in {delay:g} s")
             place.start_at = now + delay
             return
         child.started_at = child.beat_at = now
         place.child = child
-        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda mask: self._on_end(place, child))
-        self._selector.register(child.channel, selectors.EVENT_READ, lambda mask: self._on_channel(place, child, mask))
         self._log("info", f"{place.name} started, pid {child.pid}, incarnation {place.incarnation}")
         if place is self._control:
             self._orphans.tell_again()
@@ -324,6 +322,21 @@ class Supervisor:
             if self.stage is Stage.STOPPING:
                 self._send(child, {"op": "drain"})
         self._changed()
+
+    def _fork(self, place: Place) -> Child:
+        """A new child whose end we shall hear of. Raises OSError or MemoryError; then there is none."""
+        child = fork(place, lambda channel: self._become(place, channel))
+        try:
+            self._selector.register(child.pidfd, selectors.EVENT_READ, lambda mask: self._on_end(place, child))
+            self._selector.register(
+                child.channel, selectors.EVENT_READ, lambda mask: self._on_channel(place, child, mask)
+            )
+        except BaseException:  # as the kernel's limit of watches: a child that can't be watched must not live
+            if child.pidfd in self._selector.get_map():
+                self._selector.unregister(child.pidfd)
+            child.end()
+            raise
+        return child
 
     def _become(self, place: Place, channel: socket.socket) -> int:
         """In the child: leave the supervisor behind and run the role."""

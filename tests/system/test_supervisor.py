@@ -22,7 +22,7 @@ from proxy.orphans import STRAYS_KEPT
 from proxy.process import ListenAddress
 from proxy.supervisor import exec_supervisor
 from tests.support.processes import cpu_s, descendants, state_of, wait_for
-from tests.support.supervised import Supervised, ask
+from tests.support.supervised import ROOT, Supervised, ask
 
 pytestmark = pytest.mark.slow
 SLACK_S = 1.0  # on top of what is promised, for a busy test machine
@@ -198,6 +198,35 @@ def test_a_supervisor_out_of_descriptors_goes_on_trying_and_the_other_children_s
     resource.prlimit(node.pid, resource.RLIMIT_NOFILE, limits)
     node.wait_replaced("control", 0, control)
     node.wait_replaced("worker", 1, old)
+
+
+@pytest.mark.parametrize("fault", ["OSError(errno.ENOSPC, 'no watches left')", "MemoryError()"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_child_that_cannot_be_watched_is_ended_and_another_one_started(tmp_path: Path, fault: str, nth: int) -> None:
+    """As at the kernel's limit of epoll watches, which counts all of a user's processes."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, os, selectors\n"
+        "register, armed, calls = selectors.DefaultSelector.register, os.environ['FAULT'], []\n"
+        "def faulty(self, *arguments):\n"
+        "    if os.path.exists(armed):\n"
+        "        calls.append(1)\n"
+        f"        if len(calls) == {nth}:\n"
+        "            os.unlink(armed)\n"
+        f"            raise {fault}\n"
+        "    return register(self, *arguments)\n"
+        "selectors.DefaultSelector.register = faulty\n"
+    )
+    armed = tmp_path / "armed"
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "FAULT": str(armed)}
+    with Supervised(tmp_path / "data", env=env) as node:
+        node.wait_ready()
+        old = node.pid_of("worker", 1)
+        others = descendants(node.pid) - {old}
+        armed.touch()
+        os.kill(old, signal.SIGKILL)
+        new = node.wait_replaced("worker", 1, old)
+        assert "worker 1 can't be started" in node.log()
+        assert descendants(node.pid) == others | {new}, "the one that nobody watched is gone"
 
 
 # --- what is shared and what is not
