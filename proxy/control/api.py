@@ -368,9 +368,10 @@ class Api:
         machine = self._machine(request)
         ttl_s = _ttl_s(request.query.get("ttl", body.get("ttl")))
         description = body.get("description") or ""
-        if not isinstance(description, str) or len(description) > LONGEST_DESCRIPTION or not _is_text(description):
+        # half of a surrogate pair could not be kept; control characters would write into the terminal of who is refused
+        if not isinstance(description, str) or len(description) > LONGEST_DESCRIPTION or not description.isprintable():
             raise ApiError(
-                400, "invalid_argument", f"description: expected a text of up to {LONGEST_DESCRIPTION} characters"
+                400, "invalid_argument", f"description: expected one line of up to {LONGEST_DESCRIPTION} characters"
             )
         return _json(_lease_answer(self._leases.take(machine, ttl_s, description, request.headers.get(HEADER))), 201)
 
@@ -630,6 +631,10 @@ def _asked(body: Json) -> Asked:
     method = str(body.get("method", "GET")).upper()
     host = parts.hostname.rstrip(".")
     source = str(body.get("source", "127.0.0.1"))
+    try:
+        ipaddress.ip_address(source)
+    except ValueError as error:
+        raise ApiError(400, "invalid_argument", f"source: expected an IP address: {source!r}") from error
     return Asked(parts.scheme, host, port, parts.path or "/", method, tuple(pairs), source)
 
 
@@ -646,15 +651,6 @@ async def _body(request: web.Request, required: bool = False) -> Json:
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_argument", "the body is not a JSON object")
     return body
-
-
-def _is_text(value: str) -> bool:
-    """Half of a surrogate pair, which JSON can have, could not be kept: no record of the machine would be any more."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _signal_number(name: object) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import math
 import secrets
+from datetime import UTC, datetime
 
 from proxy.clock import Clock
 from proxy.control.machines import Owned
@@ -52,7 +53,7 @@ class Leases:
         ):
             what = "another lease" if nonce else "a lease"
             raise LeaseConflict(
-                f"{what} of machine {machine.id} is held by {lease.owner} until {lease.expires_at}"
+                f"{what} of machine {machine.id} is held by {lease.owner} until {_moment(lease.expires_at)}"
                 + (f" ({lease.description})" if lease.description else "")
             )
 
@@ -78,3 +79,7 @@ class Leases:
     def _keep(self, machine: Owned, lease: Lease | None) -> None:
         machine.row.lease = lease
         self._store.save(machine.row)
+
+
+def _moment(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")

@@ -369,6 +369,7 @@ async def test_what_a_request_would_get_is_explained_and_nothing_is_started(clie
     [
         {}, {"url": 5}, {"url": "ftp://x/"}, {"url": "http://"}, {"url": "http://a:99999/"},
         {"url": "a", "headers": "x: y"}, {"url": "a", "headers": ["no colon"]},
+        {"url": "a", "source": "not an address"},
     ],
 )  # fmt: skip
 async def test_what_is_no_request_is_not_explained(client: Client, body: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -168,6 +169,7 @@ async def test_while_a_lease_is_held_every_change_without_its_nonce_is_refused(c
                 continue
             status, answer = await ask(client, method, path_of(client) + path, body, wrong)
             assert (status, answer["status"]) == (409, "lease_held"), (method, path, wrong)
+            assert re.search(r" until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", answer["error"])
             assert "until" in answer["error"] and "mine" in answer["error"] and nonce not in answer["error"]
     assert client.rig.driver.calls == calls and machine.row.version == before and machine.row.metadata == {}
     assert (await ask(client, "POST", path_of(client) + "/stop", nonce=nonce))[0] == 200
@@ -219,7 +221,8 @@ async def test_a_ttl_that_makes_no_sense_is_refused(client: Client, ttl: Any) ->
 
 
 async def test_a_description_that_could_not_be_kept_takes_no_lease_and_harms_no_record(client: Client) -> None:
-    assert (await take(client, ttl=60, description="half \ud800"))[0] == 400
+    for description in ("half \ud800", "two\nlines", "\x1b[2J"):
+        assert (await take(client, ttl=60, description=description))[0] == 400
     machine = await client.rig.started()
     client.rig.store.flush()
     assert machine.row.lease is None
