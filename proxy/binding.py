@@ -23,9 +23,12 @@ class BindError(Exception):
     """Some addresses can't be bound; the message has one line for each."""
 
 
-def bind_all(listen: Sequence[ListenAddress], slots: int, patience_s: float = 0.0) -> list[list[ListenSocket]]:
+def bind_all(
+    listen: Sequence[ListenAddress], slots: int, patience_s: float = 0.0, admin: ListenAddress | None = None
+) -> list[list[ListenSocket]]:
     """The listening sockets of each slot, every one bound to every address, non-blocking and closed on exec.
 
+    `admin` is only looked at: it is control's to bind, but a node that nobody can talk to should not come up.
     `patience_s`: how long a taken port is tried again, for the moments in which the processes of a killed supervisor
     still end. Raises BindError naming every address that can't be had.
     """
@@ -40,6 +43,12 @@ def bind_all(listen: Sequence[ListenAddress], slots: int, patience_s: float = 0.
                     sockets[slot].append(ListenSocket(address.public_port, bound))
         except OSError as error:
             faults.append(f"{_name(address)} (public port {address.public_port}): {_explain(error, address)}")
+    if admin is not None and admin.port:
+        try:
+            for one in _resolve(admin):
+                _wait_until_free(one, deadline)
+        except OSError as error:
+            faults.append(f"{_name(admin)} (admin): {_explain(error, admin)}")
     if faults:
         for held in sockets:
             for listener in held:

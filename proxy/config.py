@@ -282,6 +282,7 @@ def plan(config: NodeConfig, config_path: str | os.PathLike[str], host: Host | N
         workers=config.node.workers or (host or Host.this()).cores,
         listen=config.listen.public,
         drain_timeout_s=config.limits.drain_timeout_s,
+        admin=ListenAddress(0, config.listen.admin_host, config.listen.admin_port),
     )
 
 

@@ -33,6 +33,7 @@ class ServePlan:
     workers: int
     listen: tuple[ListenAddress, ...]
     drain_timeout_s: float = 30.0
+    admin: ListenAddress | None = None  # control's own to bind
 
     @property
     def run_dir(self) -> str:
@@ -46,6 +47,7 @@ class ServePlan:
     def from_json(cls, text: str) -> ServePlan:
         raw = json.loads(text)
         raw["listen"] = tuple(ListenAddress(**one) for one in raw["listen"])
+        raw["admin"] = ListenAddress(**raw["admin"]) if raw["admin"] else None
         return cls(**raw)
 
 

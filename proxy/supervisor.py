@@ -114,7 +114,7 @@ class Supervisor:
         self._run_dir = RunDir(plan)
         try:
             patience_s = UNCLEAN_PATIENCE_S if self._run_dir.was_left_behind else 0.0
-            self._listeners: list[list[ListenSocket]] = bind_all(plan.listen, plan.workers, patience_s)
+            self._listeners: list[list[ListenSocket]] = bind_all(plan.listen, plan.workers, patience_s, plan.admin)
             self._control_listener = self._run_dir.listen()
         except (BindError, RunDirError):
             self._run_dir.clear()

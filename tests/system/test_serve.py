@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_serve_with_a_taken_port_ends_with_status_2_and_names_the_holder(node: S
     assert other.process is not None
     assert other.process.wait(20) == 2
     assert f"127.0.0.1:{node.http_port} (public port 80): something else listens there" in other.log()
+
+
+def test_a_node_whose_admin_port_is_taken_does_not_come_up_deaf(node: ServedNode, tmp_path: Path) -> None:
+    other = ServedNode(tmp_path / "other", env=ROLES)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        other.config.write_text(other.config.read_text().replace(str(other.admin_port), str(port)))
+        other.start()
+        assert other.process is not None
+        assert other.process.wait(20) == 2
+    assert f"127.0.0.1:{port} (admin): something else listens there" in other.log()
 
 
 def test_a_process_left_over_is_found_and_ended(tmp_path: Path) -> None:

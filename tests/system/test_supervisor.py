@@ -477,6 +477,16 @@ def test_a_foreign_listener_is_found_even_if_it_shares_its_port(tmp_path: Path) 
     assert "public port 81" not in log
 
 
+def test_a_taken_admin_port_is_told_with_the_others_and_left_unbound_where_it_is_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(BindError, match=rf"127\.0\.0\.1:{port} \(admin\): something else listens there \("):
+            bind_all((), 1, admin=ListenAddress(0, "127.0.0.1", port))
+    assert bind_all((), 1, admin=ListenAddress(0, "127.0.0.1", port)) == [[]]
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
 def test_a_privileged_port_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: socket.socket, address: object) -> None:
         raise PermissionError(13, "Permission denied")
