@@ -12,6 +12,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import msgspec
@@ -144,6 +145,7 @@ class AccessLog:
     def _write_all(self, fd: int) -> None:
         """The thread: write each batch as it comes."""
         while (batch := self._batches.get()) is not None:
+            fd = self._followed(fd)
             data = b"".join(batch.lines)
             try:
                 while data:
@@ -152,6 +154,20 @@ class AccessLog:
                 batch.lost = data.count(b"\n")
             batch.done = True
         os.close(fd)
+
+    def _followed(self, fd: int) -> int:
+        """The file that bears the name now: whoever rotates logs renames the one that is open, and need tell nobody."""
+        if self._path == "-":
+            return fd
+        try:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(fd)):
+                    return fd
+            new = self._open()
+        except OSError:
+            return fd  # what there is goes on being written where it was
+        os.close(fd)
+        return new
 
     def close(self) -> None:
         """Write the rest and stop. What a file does not take within CLOSE_S is lost, and counted."""

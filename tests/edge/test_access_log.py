@@ -191,3 +191,44 @@ async def test_a_pipe_without_a_reader_is_an_error_at_once(tmp_path: Path, dropp
     with pytest.raises(OSError, match="No such device"):
         AccessLog(str(path), "json", wheel, dropped)
     wheel.close()
+
+
+async def test_a_log_that_was_renamed_goes_on_under_its_old_name_and_no_line_is_lost(
+    tmp_path: Path, dropped: Dropped
+) -> None:
+    wheel = Wheel(asyncio.get_running_loop())
+    path, first, second = tmp_path / "access.log", tmp_path / "access.log.1", tmp_path / "access.log.2"
+    log = AccessLog(str(path), "json", wheel, dropped)
+    for at in range(300):
+        log.write(record(f"/{at}"))
+        if at == 100:
+            path.rename(first)
+        elif at == 200:
+            await until_written(path)
+            path.rename(second)
+            path.touch()  # as by logrotate's `create`
+        if at % 10 == 0:
+            await asyncio.sleep(0.02)
+    log.close()
+    targets = [json.loads(line)["target"] for one in (first, second, path) for line in one.read_text().splitlines()]
+    assert targets == [f"/{at}" for at in range(300)] and dropped.lines == 0
+    assert path.stat().st_size and second.stat().st_size
+    wheel.close()
+
+
+async def until_written(path: Path) -> None:
+    async with asyncio.timeout(5):
+        while not path.exists() or not path.stat().st_size:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_log_whose_folder_has_gone_is_made_again(tmp_path: Path, dropped: Dropped) -> None:
+    wheel = Wheel(asyncio.get_running_loop())
+    path = tmp_path / "logs" / "access.log"
+    log = AccessLog(str(path), "json", wheel, dropped)
+    path.unlink()
+    path.parent.rmdir()
+    log.write(record("/after"))
+    log.close()
+    assert json.loads(path.read_text())["target"] == "/after"
+    wheel.close()
