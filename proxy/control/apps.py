@@ -363,6 +363,8 @@ class Apps:
         """No worker sends it anything new; it finishes what it has, then it is stopped and forgotten."""
         assert self.plan is not None
         limit = self._clock.monotonic() + self.plan.drain_timeout_s
+        if not machine.is_static:
+            self._hub.end_tunnels(machine)
         while self._memory.in_flight(machine.row.slot) > 0 and self._clock.monotonic() < limit and not hurry.is_set():
             await self._clock.sleep(_RETIRE_POLL_S)
         await self._fleet.remove(machine)

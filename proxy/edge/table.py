@@ -169,6 +169,7 @@ class Table:
         self.on_machine: Callable[[AppName, Machine], None] | None = None
         self.on_machine_gone: Callable[[MachineId], None] | None = None
         self._loading: set[AppName] | None = None
+        self._leaving: dict[MachineId, MachineView] = {}  # known no more, with tunnels that are still open
         self._port_kinds: dict[int, str] = {}
 
     def start_load(self) -> None:
@@ -198,7 +199,7 @@ class Table:
                     view.soft_cordoned = False  # control asks again for what it still means
                 if machine != view.record:
                     changed.append(machine)
-                self._update(view, machine)
+                    self._update(view, machine)
             machines[machine.id] = view
         app = AppView(record, self._public_ports, machines, self._app_cells(record.slot), self._workers, old)
         self.apps[record.name] = app
@@ -219,10 +220,7 @@ class Table:
                 del self.hosts[host]
         for machine_id, view in old.machines.items():
             if machine_id not in new.machines:
-                view.close_pools()
-                self.on_moved(view.slot)
-                if self.on_machine_gone is not None:
-                    self.on_machine_gone(machine_id)
+                self._forget(view)
 
     def remove_app(self, name: AppName) -> None:
         app = self.apps.pop(name, None)
@@ -232,11 +230,17 @@ class Table:
         for host in app.record.hostnames:
             if self.hosts.get(host) is app:
                 del self.hosts[host]
-        for machine_id, view in app.machines.items():
-            view.close_pools()
-            self.on_moved(view.slot)
-            if self.on_machine_gone is not None:
-                self.on_machine_gone(machine_id)
+        for view in app.machines.values():
+            self._forget(view)
+
+    def _forget(self, view: MachineView) -> None:
+        view.close_pools()
+        self.on_moved(view.slot)
+        self._leaving = {one: left for one, left in self._leaving.items() if left.tunnels}
+        if view.tunnels:
+            self._leaving[view.record.id] = view
+        if self.on_machine_gone is not None:
+            self.on_machine_gone(view.record.id)
 
     def set_machine(self, name: AppName, machine: Machine) -> None:
         """Take a machine's newer record; an older version never overwrites a newer one."""
@@ -275,12 +279,14 @@ class Table:
         if app is not None and view is not None:
             view.soft_cordoned = on
             app.refresh()
+            if not on and self.on_machine is not None:
+                self.on_machine(name, view.record)  # who waits may have it
 
     def end_tunnels(self, name: AppName, machine_id: MachineId) -> None:
         """A machine is about to be stopped: what it has open is told so, and ended."""
         app = self.apps.get(name)
-        view = app.machines.get(machine_id) if app is not None else None
-        for tunnel in list(view.tunnels) if view is not None else ():
+        views = [app.machines.get(machine_id) if app is not None else None, self._leaving.pop(machine_id, None)]
+        for tunnel in [one for view in views if view is not None for one in view.tunnels]:
             tunnel.going_away()
 
     def port_kind(self, public_port: int) -> str:

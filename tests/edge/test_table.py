@@ -139,6 +139,25 @@ def test_a_cordoned_machine_takes_nothing_until_a_newer_word(table: Table) -> No
     assert running(table) == ["m2"]
 
 
+def test_who_waits_hears_of_a_cordon_that_is_lifted(table: Table, heard: Heard) -> None:
+    table.set_app(app(machine()))
+    table.soft_cordon(AppName("web"), MachineId("m1"), True)
+    assert heard.changed == [("m1", 1)]
+    table.soft_cordon(AppName("web"), MachineId("m1"), False)
+    assert heard.changed == [("m1", 1), ("m1", 1)] and running(table) == ["m1"]
+
+
+def test_the_same_record_again_closes_no_connection_that_waits_for_a_suspended_machine(table: Table) -> None:
+    asleep = machine(state=MachineState.SUSPENDED)
+    table.set_app(app(asleep))
+    pool = Pool()
+    table.apps[AppName("web")].machines[MachineId("m1")].pools[8080] = pool  # type: ignore[assignment]
+    table.start_load()
+    table.set_app(app(asleep))
+    table.end_load()
+    assert not pool.closed
+
+
 def test_only_machines_of_the_services_groups_that_have_its_port_take_its_requests(table: Table) -> None:
     table.set_app(app(machine("m1"), machine("m2", group="worker"), machine("m3", port=0), machine("m4", STOPPED)))
     assert running(table) == ["m1"]

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import signal
+import socket
 import struct
 import threading
 import time
@@ -34,7 +35,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedNode]:
     apps += [make_app(folder, "busy", keys=idle + 'busy = "/busy"', env={"BUSY": str(folder / "busy")})]
     apps += [make_app(folder, "marked", keys=idle), make_app(folder, "idle", keys=idle)]
     apps += [make_app(folder, "warm", keys=idle + 'count = 2\nwarm_hours = ["daily 00:00-24:00 Europe/Amsterdam"]')]
-    apps += [make_app(folder, name).replace(str(PROGRAM), str(WEBSOCKET)) for name in ("chat", "chat-frozen")]
+    apps += [
+        make_app(folder, name).replace(str(PROGRAM), str(WEBSOCKET)) for name in ("chat", "chat-frozen", "chat-gone")
+    ]
     with ServedNode(folder, "".join(apps)) as served:
         yield served
 
@@ -223,6 +226,17 @@ def read_frame(stream: BinaryIO) -> tuple[int, bytes]:
     return head[0] & 0x0F, payload
 
 
+def open_websocket(node: ServedNode, app: str, client: socket.socket, stream: BinaryIO) -> None:
+    key = base64.b64encode(os.urandom(16)).decode()
+    fields = f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+    client.sendall(f"GET / HTTP/1.1\r\nHost: {node.host(app)}\r\n{fields}\r\n".encode())
+    assert stream.readline() == b"HTTP/1.1 101 Switching Protocols\r\n"
+    while stream.readline() != b"\r\n":
+        pass
+    for _ in range(20):
+        assert read_frame(stream) == (1, b"tick" * 50)
+
+
 @pytest.mark.parametrize(
     ("app", "how", "state"), [("chat", "stop", "stopped"), ("chat-frozen", "suspend", "suspended")]
 )
@@ -230,15 +244,8 @@ def read_frame(stream: BinaryIO) -> tuple[int, bytes]:
 def test_websockets_are_told_1001_between_two_frames_before_their_machine_ends(
     node: ServedNode, app: str, how: str, state: str, tls: bool
 ) -> None:
-    key = base64.b64encode(os.urandom(16)).decode()
-    fields = f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
     with node.connect(app, tls=tls) as client, client.makefile("rb") as stream:
-        client.sendall(f"GET / HTTP/1.1\r\nHost: {node.host(app)}\r\n{fields}\r\n".encode())
-        assert stream.readline() == b"HTTP/1.1 101 Switching Protocols\r\n"
-        while stream.readline() != b"\r\n":
-            pass
-        for _ in range(20):
-            assert read_frame(stream) == (1, b"tick" * 50)
+        open_websocket(node, app, client, stream)
         machine = node.machines(app)[0]["id"]
         began = time.monotonic()
         assert verb(node, app, machine, how)[0] == 200
@@ -250,3 +257,20 @@ def test_websockets_are_told_1001_between_two_frames_before_their_machine_ends(
             client.shutdown(1)  # as clients do that have had the last word
     node.wait_machine_state(app, state)
     assert time.monotonic() - began < 5
+
+
+def test_websockets_of_an_app_that_is_no_longer_configured_are_told_1001_too(node: ServedNode) -> None:
+    before = node.config.read_text()
+    with node.connect("chat-gone") as client, client.makefile("rb") as stream:
+        open_websocket(node, "chat-gone", client, stream)
+        node.config.write_text(_without(before, "chat-gone"))
+        assert "chat-gone" in node.cli("reload")
+        while (frame := read_frame(stream))[0] == 1:
+            pass
+        assert frame[0] == 8 and frame[1][:2] == struct.pack("!H", 1001)
+
+
+def _without(config: str, app: str) -> str:
+    """The config less one app's section."""
+    head, *sections = config.split("[[apps]]")
+    return "[[apps]]".join([head, *(one for one in sections if f"/{app}/fly.toml" not in one)])
