@@ -35,6 +35,7 @@ class WorkerHello(Message, frozen=True):
     protocol: int
     slot: int
     pid: int
+    handed_at: str = ""  # path of the datagram socket where it takes connections that others made ("": none)
 
 
 class Wake(Message, frozen=True):
@@ -154,6 +155,18 @@ class CertificateReady(Message, frozen=True):
     error: str | None = None
 
 
+# --- control -> worker, beside the link
+
+
+class Handed(msgspec.Struct, frozen=True, array_like=True):
+    """What goes with a connection (SCM_RIGHTS) to a machine, in a datagram sent before its `MachineSet`."""
+
+    machine: MachineId
+    version: int  # of that MachineSet
+    internal_port: int
+    at: float  # monotonic seconds
+
+
 ToControl = WorkerHello | Wake | NeedCertificate | CordonAck | PassiveFailure
 ToWorker = (
     Settings | TableStart | TableEnd | AppSet | AppGone | MachineSet | WakeDone | CordonAsk | CordonLift
@@ -163,6 +176,8 @@ ToWorker = (
 _encoder = msgspec.msgpack.Encoder()
 decode_to_control = msgspec.msgpack.Decoder(ToControl).decode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+encode_handed = _encoder.encode
+decode_handed = msgspec.msgpack.Decoder(Handed).decode
 
 
 def encode(message: Message) -> bytes:

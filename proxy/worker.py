@@ -17,6 +17,7 @@ import resource
 import signal
 import socket
 import sys
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from proxy.clock import monotonic, monotonic_ns, spawn
 from proxy.edge.certificates import Certificates
 from proxy.edge.context import EdgeContext
 from proxy.edge.listener import Gate, Listener
+from proxy.edge.upstream import offered
 from proxy.errors import ProxyError
 from proxy.ipc import (
     PROTOCOL,
@@ -38,6 +40,7 @@ from proxy.ipc import (
     CordonLift,
     EndTunnels,
     FrameReader,
+    Handed,
     MachineSet,
     Message,
     NeedCertificate,
@@ -47,16 +50,20 @@ from proxy.ipc import (
     ToWorker,
     WakeDone,
     WorkerHello,
+    decode_handed,
     decode_to_worker,
     encode,
     write,
 )
+from proxy.model import AppName, Machine, MachineState
 from proxy.process import ChildContext, raise_open_files, unix_address
 from proxy.state import W_LOOP_LAG_US, SharedMemory
 
 BEAT_S = 0.5
 LINK_BUFFER_MAX = 4 * 1024 * 1024
 FD_RESERVE = 512
+HANDED_MAX_S = 1.0  # from the moment a machine accepted a connection to its first use: longer, and it may be dropped
+_HANDED_ROOM = socket.CMSG_SPACE(4 * array("i").itemsize)  # what does not fit is closed by the kernel
 GOODBYE_WAIT_S = 2.5  # for tunnels told that the worker stops
 
 log = logging.getLogger("worker")
@@ -93,12 +100,16 @@ class Worker:
         self._ctx = ctx
         self._memory = SharedMemory(ctx.shared_fd, ctx.plan.workers)
         self._link = Link(self, ctx.plan.run_dir)
+        self._mailbox = Mailbox(ctx.plan.run_dir, ctx.slot)
+        self._handed: tuple[int, socket.socket] | None = None  # internal port and connection, for the record under way
         self._bells = Bells(ctx.plan.run_dir, ctx.slot)
         public_ports = {listener.public_port: listener.socket.getsockname()[1] for listener in ctx.listeners}
         self.edge = EdgeContext(
             loop, self._memory, ctx.slot, Settings(PROTOCOL, "", "local", ""), public_ports, self._link,
             Path(ctx.plan.data_dir) / "spool", self._bells.ring,
         )  # fmt: skip
+        self._tell_edge = self.edge.table.on_machine
+        self.edge.table.on_machine = self._on_known
         self._gate = Gate(connection_limit(0))
         data_dir, run_dir = Path(ctx.plan.data_dir), Path(ctx.plan.run_dir)
         secret = load_or_make_secret(data_dir / "secret.key")
@@ -122,6 +133,7 @@ class Worker:
             self._loop.add_reader(self._ctx.channel.fileno(), self._on_channel)
         self._load_snapshot()
         self._bells.listen(self._loop, self.edge.queue.on_bell)
+        self._mailbox.open()
         self._link.start()
         await self._loaded.wait()
         await self._listen()
@@ -175,6 +187,7 @@ class Worker:
 
     def close(self) -> None:
         self._bells.close(self._loop)
+        self._mailbox.close()
         self.edge.close()
 
     # --- supervisor
@@ -258,6 +271,29 @@ class Worker:
         self.edge.table.remove_app(message.name)
         self.edge.replays.forget_app(message.name)
 
+    def _on_machine(self, message: MachineSet) -> None:
+        """The connection that control made to see whether it listens is the first request's, if one waits here."""
+        machine = message.machine
+        if machine.state is MachineState.STARTED:
+            self._handed = self._mailbox.take(machine)
+        try:
+            self.edge.table.set_machine(message.app, machine)
+        finally:
+            handed, self._handed = self._handed, None
+            if handed is not None:
+                handed[1].close()
+
+    def _on_known(self, app: AppName, machine: Machine) -> None:
+        """A record has taken effect: whoever waits for that connects within this call."""
+        assert self._tell_edge is not None
+        handed, self._handed = self._handed, None
+        if handed is None:
+            self._tell_edge(app, machine)
+            return
+        port, sock = handed
+        with offered(self.edge, app, machine.id, port, sock):
+            self._tell_edge(app, machine)
+
     def _on_cordon(self, message: CordonAsk) -> None:
         self.edge.table.soft_cordon(message.app, message.machine, True)
         self._link.send(CordonAck(message.machine, message.sequence))
@@ -267,6 +303,10 @@ class Worker:
 
     def _ask_certificate(self, name: str) -> None:
         self._link.send(NeedCertificate(name))
+
+    def on_connecting(self) -> None:
+        """The link is made anew: what was handed over before it is of nobody's interest."""
+        self._mailbox.empty()
 
     def on_linked(self) -> None:
         """The link is up (again): ask for what is still waited for."""
@@ -286,7 +326,7 @@ class Worker:
         TableEnd: _on_end,
         AppSet: _on_app,
         AppGone: _on_app_gone,
-        MachineSet: lambda self, message: self.edge.table.set_machine(message.app, message.machine),
+        MachineSet: _on_machine,
         WakeDone: lambda self, message: self.edge.waker.on_wake_done(message),
         CordonAsk: _on_cordon,
         CordonLift: lambda self, message: self.edge.table.soft_cordon(message.app, message.machine, False),
@@ -295,7 +335,81 @@ class Worker:
     }
 
     def hello(self) -> WorkerHello:
-        return WorkerHello(PROTOCOL, self._ctx.slot, os.getpid())
+        return WorkerHello(PROTOCOL, self._ctx.slot, os.getpid(), self._mailbox.path)
+
+
+class Mailbox:
+    """Where control leaves connections that machines have accepted: a datagram socket in run_dir.
+
+    Nothing watches it. What is in it was sent before the record that it goes with (ipc.Handed), so it is looked into
+    when one comes. Whatever is found there and does not go with that record is closed.
+    """
+
+    def __init__(self, run_dir: str, slot: int) -> None:
+        self._run_dir = run_dir
+        self._name = f"handed-{slot}.sock"
+        self.path = os.path.join(run_dir, self._name)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+
+    def open(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)  # of the worker before in this slot
+        os.fchmod(self._sock.fileno(), 0o600)  # for the name that comes next
+        self._sock.bind(unix_address(self._run_dir, self._name))
+
+    def take(self, machine: Machine) -> tuple[int, socket.socket] | None:
+        """The connection that goes with this record, and the internal port that it leads to."""
+        while (received := self._receive()) is not None:
+            handed, sock = received
+            if (
+                handed.machine == machine.id
+                and handed.version == machine.version
+                and monotonic() - handed.at < HANDED_MAX_S
+            ):
+                return handed.internal_port, sock
+            sock.close()
+        return None
+
+    def empty(self) -> None:
+        while (received := self._receive()) is not None:
+            received[1].close()
+
+    def _receive(self) -> tuple[Handed, socket.socket] | None:
+        """The next that is whole. None: there is nothing more."""
+        while True:
+            try:
+                data, ancillary, _, _ = self._sock.recvmsg(1024, _HANDED_ROOM, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                log.warning("no connection can be taken from control: %s", error)
+                return None
+            sockets = _sockets(ancillary)
+            try:
+                (sock,) = sockets  # none: we are out of descriptors
+                return decode_handed(data), sock
+            except ValueError as error:
+                log.warning("control handed over what is no connection: %s", error)
+                for one in sockets:
+                    one.close()
+
+    def close(self) -> None:
+        self.empty()
+        self._sock.close()
+
+
+def _sockets(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:
+    """The sockets among the descriptors that came; anything else is closed."""
+    descriptors, found = array("i"), []
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) // descriptors.itemsize * descriptors.itemsize])
+    for one in descriptors:
+        try:
+            found.append(socket.socket(fileno=one))
+        except OSError:
+            os.close(one)
+    return found
 
 
 class Bells:
@@ -394,6 +508,7 @@ class Link(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport, but has its methods
         self._reader = FrameReader()
         self._heard = False
+        self._worker.on_connecting()
         transport.write(encode(self._worker.hello()))  # type: ignore[attr-defined]  # as above
 
     def data_received(self, data: bytes) -> None:

@@ -23,7 +23,7 @@ APP = App(
 )  # fmt: skip
 
 TO_CONTROL = [
-    ipc.WorkerHello(ipc.PROTOCOL, 1, 4711),
+    ipc.WorkerHello(ipc.PROTOCOL, 1, 4711, "/data/run/handed-1.sock"),
     ipc.Wake(AppName("hello"), MACHINE.id, hint=True),
     ipc.NeedCertificate("hello.apps.test"),
     ipc.CordonAck(MACHINE.id, 9),
@@ -60,6 +60,11 @@ def test_a_workers_message_arrives_as_it_was_sent(message: ipc.Message) -> None:
 def test_controls_message_arrives_as_it_was_sent(message: ipc.Message) -> None:
     (body,) = bodies(ipc.encode(message))
     assert ipc.decode_to_worker(body) == message
+
+
+def test_what_goes_with_a_connection_arrives_as_it_was_sent() -> None:
+    handed = ipc.Handed(MACHINE.id, 7, 8080, 12.5)
+    assert ipc.decode_handed(ipc.encode_handed(handed)) == handed
 
 
 def test_every_kind_of_message_is_tried_here() -> None:

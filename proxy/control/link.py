@@ -21,7 +21,7 @@ import msgspec
 from proxy import ipc
 from proxy.clock import Clock, spawn
 from proxy.control.machines import Owned
-from proxy.model import App, AppName, Machine, MachineId
+from proxy.model import App, AppName, Machine, MachineId, MachineState
 from proxy.state import SharedMemory
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,9 @@ class Hub:
     def set_machine(self, app: AppName, machine: Machine) -> None:
         if self._links:
             self._broadcast(ipc.encode(ipc.MachineSet(app, machine)))
+        if machine.state is not MachineState.STARTING:
+            for link in self._links.values():
+                link.waiting.discard(machine.id)
 
     def set_settings(self, settings: ipc.Settings) -> None:
         self.settings = settings
@@ -139,6 +142,16 @@ class Hub:
             log.warning("no acknowledgement of the cordon of %s from workers %s", machine.id, missing)
             return False
         return True
+
+    # --- first connections
+
+    def hand_on(self, machine: Owned, internal_port: int, sock: socket.socket) -> None:
+        """To one worker that has a request waiting. One that cannot take it at once makes a connection of its own."""
+        handed = ipc.Handed(machine.id, machine.row.version, internal_port, self._clock.monotonic())
+        message = ipc.encode_handed(handed)
+        for link in self._links.values():
+            if machine.id in link.waiting and link.hand_on(message, sock):
+                return
 
     def lift(self, machine: Owned) -> None:
         """Workers may send to it again; who still waits for acknowledgements waits no longer."""
@@ -211,6 +224,8 @@ class Link(asyncio.Protocol):
         self._room.set()
         self._loader: asyncio.Task[None] | None = None
         self.awaited: set[MachineId] = set()  # wakes whose end this worker is to be told
+        self.waiting: set[MachineId] = set()  # those of them that a request waits for
+        self._mailbox: socket.socket | None = None  # where the worker takes connections
         self.slot = -1
         self.pid = 0
         self.is_loaded = False
@@ -245,6 +260,8 @@ class Link(asyncio.Protocol):
         match message:
             case ipc.Wake():
                 self._requests.wake(self, message)
+                if not message.hint and message.machine in self.awaited:
+                    self.waiting.add(message.machine)
             case ipc.NeedCertificate(name):
                 self._requests.need_certificate(self, name)
             case ipc.CordonAck():
@@ -262,6 +279,7 @@ class Link(asyncio.Protocol):
             self.drop(f"there is no worker slot {hello.slot}")
             return
         self.slot, self.pid = hello.slot, hello.pid
+        self._mailbox = _mailbox(hello.handed_at) if hello.handed_at else None
         self._hub.hello(self)
         self._loader = spawn(self._load(), f"table for worker {self.slot}")
 
@@ -293,6 +311,17 @@ class Link(asyncio.Protocol):
         if (unread := self._transport.get_write_buffer_size()) > MAX_UNREAD_BYTES:
             self.drop(f"it does not read: {unread} bytes wait")
 
+    def hand_on(self, message: bytes, sock: socket.socket) -> bool:
+        """Whether the worker gets this connection, and `message` with it, before what is sent over the link next."""
+        if self._mailbox is None or self._transport is None or self._transport.get_write_buffer_size():
+            return False
+        try:
+            socket.send_fds(self._mailbox, [message], [sock.fileno()])
+        except OSError as error:  # it is full, as when the worker stands still, or there is no such worker any more
+            log.debug("worker %d cannot be handed a connection: %s", self.slot, error)
+            return False
+        return True
+
     def pause_writing(self) -> None:
         self._room.clear()
 
@@ -314,8 +343,27 @@ class Link(asyncio.Protocol):
         if self._transport is None:
             return
         self._transport = None
+        if self._mailbox is not None:
+            self._mailbox.close()
+            self._mailbox = None
         self._room.set()
         self._hub.lost(self)
+
+
+def _mailbox(path: str) -> socket.socket | None:
+    """A socket connected to a worker's; the path may be longer than an address of a Unix socket."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sock.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+        finally:
+            os.close(folder)
+    except (OSError, ValueError) as error:  # it goes on without
+        log.warning("no connections can be handed to a worker at %s: %s", path, error)
+        sock.close()
+        return None
+    return sock
 
 
 def app_frame(app: App) -> bytes:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any, Protocol
 from proxy.clock import spawn
 from proxy.control.lifecycle import LIVE, Change, next_state
 from proxy.control.plan import AppPlan, GroupPlan
-from proxy.control.prober import AlarmClock, SocketMaker, wait_until_listening
+from proxy.control.prober import AlarmClock, SocketMaker, connect_when_listening, wait_until_listening
 from proxy.control.specs import digest_of, with_version
 from proxy.control.store import Event, MachineRow, Store
 from proxy.control.ulid import new_ulid
@@ -48,7 +49,7 @@ _NOTE_S = 0.005
 
 
 class Cordons(Protocol):
-    """How workers are made to send nothing new to a machine (link.py)."""
+    """How workers are made to send nothing new to a machine, and given its first connection (link.py)."""
 
     async def cordon(self, machine: Owned) -> bool:
         """True once every live worker has acknowledged; False when that took too long."""
@@ -57,6 +58,10 @@ class Cordons(Protocol):
 
     def end_tunnels(self, machine: Owned) -> None:
         """Have workers end what is open to it, WebSockets with 1001."""
+
+    def hand_on(self, machine: Owned, internal_port: int, sock: socket.socket) -> None:
+        """It has accepted this connection, and is told started next: for the first request, if a worker has one that
+        waits. The caller closes its own descriptor."""
 
 
 class HealthWatch(Protocol):
@@ -503,14 +508,19 @@ class Fleet:
         ports = ", ".join(str(endpoint.port) for endpoint in machine.spec.endpoints[:1])
         return self._give_up(machine, Code.WAKE_TIMEOUT, f"nothing listened on port {ports} within {waited:g} s")
 
-    def _reached(self, machine: Owned, flight: Flight) -> None:
+    def _reached(self, machine: Owned, flight: Flight, accepted: socket.socket | None = None) -> None:
+        """`accepted`: a connection to the one port that it has, for whoever waits most."""
         now, row = self._clock.monotonic(), machine.row
         flight.phases.listening = flight.phases.listening or now
         row.failures, row.hold_until, row.hold_reason = 0, 0.0, None
         row.stopped_by = ""
         row.started_at = self._clock.unix()
         machine.idle_since = now
-        self._change(machine, Change.REACHED)
+        self._change(machine, Change.REACHED, passing=True)
+        if accepted is not None:
+            self._cordons.hand_on(machine, self._probed(machine)[0].internal_port, accepted)
+        self._tell(machine)
+        self.health.look(machine)
 
     def _begin_probe(self, machine: Owned, flight: Flight, deadline: float) -> asyncio.Task[bool]:
         return spawn(self._probe(machine, flight, deadline), f"probe {machine.id}")
@@ -523,21 +533,36 @@ class Fleet:
         """
         endpoints = self._probed(machine)
         netns_pid = machine.running.netns_pid if machine.running else 0
-        for place, endpoint in enumerate(endpoints):
-            limit = deadline if place == 0 else min(deadline, self._clock.monotonic() + _OTHER_PORTS_S)
-            if not await wait_until_listening(endpoint, netns_pid, limit, self._clock, self._make_socket):
-                if place == 0:
+        accepted: socket.socket | None = None
+        try:
+            for place, endpoint in enumerate(endpoints):
+                limit = deadline if place == 0 else min(deadline, self._clock.monotonic() + _OTHER_PORTS_S)
+                sock = await connect_when_listening(endpoint, netns_pid, limit, self._clock, self._make_socket)
+                if sock is not None and self._is_first_use(machine, endpoints):
+                    accepted = sock
+                elif sock is not None:
+                    sock.close()
+                elif place == 0:
                     return False
-                machine.note = f"port {endpoint.port} (internal_port {endpoint.internal_port}) does not listen"
-        if machine.state is not MachineState.STARTING or flight.cut.done():
-            return False
-        if not flight.is_resume:  # one that was frozen goes on as it was, with what its checks said last
-            flight.phases.listening = self._clock.monotonic()
-            await self.health.first_pass(machine, deadline)
+                else:
+                    machine.note = f"port {endpoint.port} (internal_port {endpoint.internal_port}) does not listen"
             if machine.state is not MachineState.STARTING or flight.cut.done():
                 return False
-        self._reached(machine, flight)
-        return True
+            if not flight.is_resume:  # one that was frozen goes on as it was, with what its checks said last
+                flight.phases.listening = self._clock.monotonic()
+                await self.health.first_pass(machine, deadline)
+                if machine.state is not MachineState.STARTING or flight.cut.done():
+                    return False
+            self._reached(machine, flight, accepted)
+            return True
+        finally:
+            if accepted is not None:
+                accepted.close()
+
+    def _is_first_use(self, machine: Owned, endpoints: list[Endpoint]) -> bool:
+        """Whether what comes next to a machine that accepts connections is a request. Not another port, and not a
+        check: a program that serves one connection after the other would let it wait behind ours."""
+        return len(endpoints) == 1 and not any(one.checks for one in machine.app.services_of(machine.row.group))
 
     def _probed(self, machine: Owned) -> list[Endpoint]:
         tcp = {one.internal_port for one in machine.app.services_of(machine.row.group) if one.protocol == "tcp"}

@@ -1,4 +1,5 @@
 """Waits until a machine accepts a connection. One of these runs per machine that starts, however many requests wait.
+The connection that was accepted may be had, for the first of them: the program need not accept one for nothing.
 
 The first attempt is made at once, the next ones every max(0.2 ms, 2 % of the time waited), at most 25 ms apart: so
 that what is added to a start stays in proportion to it. An attempt is given 250 ms. Whoever learns that the machine has
@@ -47,10 +48,20 @@ async def wait_until_listening(
 
     Connections are closed at once, without a byte.
     """
+    sock = await connect_when_listening(endpoint, netns_pid, deadline, clock, make_socket)
+    if sock is not None:
+        sock.close()
+    return sock is not None
+
+
+async def connect_when_listening(
+    endpoint: Endpoint, netns_pid: int, deadline: float, clock: AlarmClock, make_socket: SocketMaker
+) -> socket.socket | None:
+    """The first connection that it accepted, nothing sent on it; the caller closes it. None: none by `deadline`."""
     probe = _Probe(endpoint, netns_pid, deadline, clock, make_socket)
     try:
         probe.attempt()
-        return await probe.found
+        return probe.take() if await probe.found else None
     finally:
         probe.close()
 
@@ -146,6 +157,11 @@ class _Probe:
         if sock is not None:
             self._forget_pending(sock)
             sock.close()
+
+    def take(self) -> socket.socket | None:
+        """The connection, once found; `close` leaves it alone then."""
+        sock, self._socket = self._socket, None
+        return sock
 
     def close(self) -> None:
         self._drop_socket()

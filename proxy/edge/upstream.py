@@ -8,11 +8,12 @@ one for each request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from proxy import namespace
@@ -22,7 +23,7 @@ from proxy.edge import table
 from proxy.edge.flow import ReadGate
 from proxy.edge.timers import NEVER, Call
 from proxy.errors import Code, ProxyError, Retry, Source
-from proxy.model import Endpoint
+from proxy.model import AppName, Endpoint, MachineId
 from proxy.wire.http1 import Headers, Limits, ResponseHead, ResponseReader
 
 if TYPE_CHECKING:
@@ -222,8 +223,8 @@ class Pool:
     """Kept connections to one endpoint of one machine."""
 
     __slots__ = (
-        "_app_base", "_closed", "_idle", "_keeps", "_warm", "_warming", "connect_timeout_s", "edge", "endpoint",
-        "netns_pid",
+        "_app_base", "_closed", "_given", "_idle", "_keeps", "_warm", "_warming", "connect_timeout_s", "edge",
+        "endpoint", "netns_pid",
     )  # fmt: skip
 
     def __init__(
@@ -245,6 +246,7 @@ class Pool:
         self._closed = False
         self._warm: UpstreamConnection | None = None  # made ahead, while the machine is frozen
         self._warming: asyncio.Task[None] | None = None
+        self._given: socket.socket | None = None  # connected, as good as new: for the next `connect`
 
     def take(self) -> UpstreamConnection | None:
         """A kept connection, the latest used first; None if a new one is needed."""
@@ -322,7 +324,23 @@ class Pool:
 
     def connect(self, user: Connecting) -> asyncio.Task[None]:
         """Make a connection for `user`, who is told how it ended unless the task is cancelled."""
-        return spawn(_Connect(self, user).run(), "upstream-connect")
+        given, self._given = self._given, None
+        task = spawn(_Connect(self, user, given).run(), "upstream-connect")
+        if given is not None:
+            task.add_done_callback(lambda _: given.close())  # the transport, if there is one, has its own
+        return task
+
+    @contextlib.contextmanager
+    def offer(self, sock: socket.socket) -> Iterator[None]:
+        """Whoever connects first within the block gets this connection, which the machine has just accepted; if
+        nobody does it is closed, for it keeps a program busy that serves one connection after the other."""
+        self._given = sock
+        try:
+            yield
+        finally:
+            given, self._given = self._given, None
+            if given is not None:
+                given.close()
 
     def refusal(self, cause: OSError) -> ProxyError:
         """A connection that could not be made, for whoever waits for it."""
@@ -340,14 +358,32 @@ class Pool:
         return f"{self.endpoint.host}:{self.endpoint.port}"
 
 
+@contextlib.contextmanager
+def offered(
+    edge: EdgeContext, name: AppName, machine: MachineId, internal_port: int, sock: socket.socket
+) -> Iterator[None]:
+    """Within the block, `sock` is offered to whoever connects to this port of the machine; then it is closed."""
+    app = edge.table.apps.get(name)
+    view = app.machines.get(machine) if app is not None else None
+    services = app.services if app is not None else ()
+    service = next((one for one in services if one.internal_port == internal_port and view in one.running), None)
+    if app is None or view is None or service is None:
+        sock.close()
+        yield
+        return
+    with pool_for(edge, view, service, app).offer(sock):
+        yield
+
+
 class _Connect:
     """One connection being made. On loopback it stands when connect(2) returns, and the loop need not be asked."""
 
-    __slots__ = ("_expired", "_family", "_pool", "_started", "_task", "_timer", "_user")
+    __slots__ = ("_expired", "_family", "_given", "_pool", "_started", "_task", "_timer", "_user")
 
-    def __init__(self, pool: Pool, user: Connecting) -> None:
+    def __init__(self, pool: Pool, user: Connecting, given: socket.socket | None = None) -> None:
         self._pool = pool
         self._user = user
+        self._given = given
         self._started = monotonic_ns()
         self._expired = False
         self._timer: Call | None = None
@@ -381,6 +417,9 @@ class _Connect:
 
     async def _open(self) -> None:
         pool, loop = self._pool, self._pool.edge.loop
+        if self._given is not None:
+            await loop.create_connection(lambda: UpstreamConnection(pool, self._made), sock=self._given)
+            return
         sock = self._socket()
         try:
             address = (pool.endpoint.host, pool.endpoint.port)

@@ -71,6 +71,7 @@ class FakeCordons:
     asked: list[str] = field(default_factory=list)
     lifted: list[tuple[str, str]] = field(default_factory=list)  # machine and the state it was in then
     ended_tunnels: list[tuple[str, str]] = field(default_factory=list)  # the same
+    handed_on: list[tuple[str, str, int]] = field(default_factory=list)  # the same, and the internal port
     on_cordon: Callable[[Owned], None] = lambda machine: None
 
     async def cordon(self, machine: Owned) -> bool:
@@ -85,6 +86,10 @@ class FakeCordons:
 
     def end_tunnels(self, machine: Owned) -> None:
         self.ended_tunnels.append((machine.id, machine.row.state))
+
+    def hand_on(self, machine: Owned, internal_port: int, sock: socket.socket) -> None:
+        assert sock.getpeername()[1] == machine.record().endpoint(internal_port).port
+        self.handed_on.append((machine.id, machine.row.state, internal_port))
 
 
 class Rig:

@@ -15,6 +15,7 @@ from proxy.clock import SystemClock, monotonic_ns
 from proxy.control import link as link_module
 from proxy.control.link import Hub, Link, app_frame
 from proxy.model import App, AppName, Machine, MachineId, MachineState, RegionCode
+from proxy.process import unix_address
 from proxy.state import SharedMemory
 from tests.control.rig import Rig, a_plan, an_app
 
@@ -37,8 +38,8 @@ class Worker:
     def send(self, message: ipc.Message) -> None:
         self._writer.write(ipc.encode(message))
 
-    async def hello(self, slot: int = 0, protocol: int = ipc.PROTOCOL) -> list[ipc.ToWorker]:
-        self.send(ipc.WorkerHello(protocol, slot, os.getpid()))
+    async def hello(self, slot: int = 0, protocol: int = ipc.PROTOCOL, handed_at: str = "") -> list[ipc.ToWorker]:
+        self.send(ipc.WorkerHello(protocol, slot, os.getpid(), handed_at))
         return await self.until(ipc.TableEnd)
 
     async def next(self) -> ipc.ToWorker | None:
@@ -85,6 +86,7 @@ class Records:
 
     def wake(self, link: Link, message: ipc.Wake) -> None:
         self.heard.append(message)
+        link.awaited.add(message.machine)
         link.send(ipc.WakeDone(message.app, message.machine, 1))
 
     def need_certificate(self, link: Link, name: str) -> None:
@@ -286,3 +288,85 @@ async def test_a_slot_without_any_process_does_not_hold_up_a_cordon(setting: Set
     for index in (1, 2):
         setting.memory.beat(index, monotonic_ns() - 60 * 10**9)
     assert await setting.hub.cordon(rig.machine())
+
+
+class Mailbox:
+    """A worker's socket for connections, under a path longer than an address takes."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        place = folder / ("d" * 100)
+        place.mkdir(exist_ok=True)
+        self.path = str(place / name)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.socket.bind(unix_address(str(place), name))
+
+    def receive(self) -> tuple[ipc.Handed, socket.socket]:
+        data, (descriptor,), _, _ = socket.recv_fds(self.socket, 1024, 4)
+        return ipc.decode_handed(data), socket.socket(fileno=descriptor)
+
+    def is_empty(self) -> bool:
+        try:
+            self.socket.recv(1024, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        return False
+
+
+async def test_a_connection_is_handed_to_one_worker_that_waits_and_before_the_record(
+    setting: Setting, rig: Rig, tmp_path: Path
+) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    boxes = [Mailbox(tmp_path, f"handed-{slot}.sock") for slot in (0, 1)]
+    workers = [await setting.worker(), await setting.worker()]
+    for slot, (worker, box) in enumerate(zip(workers, boxes, strict=True)):
+        await worker.hello(slot, handed_at=box.path)
+        worker.send(ipc.Wake(WEB, machine.id, hint=slot == 0))  # nobody waits at the first one yet
+        assert isinstance(await worker.next(), ipc.WakeDone)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as made:
+        setting.hub.hand_on(machine, 8080, made)
+        setting.hub.set_machine(WEB, machine.record())
+        assert isinstance(await workers[1].next(), ipc.MachineSet)
+        handed, sock = boxes[1].receive()
+        assert (handed.machine, handed.version, handed.internal_port) == (machine.id, machine.row.version, 8080)
+        with sock:
+            assert sock.getpeername() == server.getsockname()
+        assert boxes[0].is_empty()
+        machine.row.state = "started"
+        setting.hub.set_machine(WEB, machine.record())
+        setting.hub.hand_on(machine, 8080, made)
+        assert boxes[1].is_empty(), "nobody waits any more"
+    for box in boxes:
+        box.socket.close()
+
+
+async def test_a_worker_that_stands_still_holds_up_nobody_who_hands_connections_on(
+    setting: Setting, rig: Rig, tmp_path: Path
+) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    box = Mailbox(tmp_path, "handed-0.sock")
+    worker = await setting.worker()
+    await worker.hello(0, handed_at=box.path)
+    worker.send(ipc.Wake(WEB, machine.id))
+    await worker.next()
+    before = len(os.listdir("/proc/self/fd"))
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as made:
+        for _ in range(2000):
+            setting.hub.hand_on(machine, 8080, made)
+        box.receive()[1].close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    box.socket.close()
+    setting.hub.hand_on(machine, 8080, worker._writer.get_extra_info("socket"))  # its end is no fault either
+
+
+async def test_a_worker_whose_mailbox_is_not_there_is_served_without(setting: Setting, tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for path in (str(tmp_path / "nothing.sock"), str(tmp_path / "none" / "x.sock"), "\0", "x" * 5000):
+        worker = await setting.worker()
+        assert (await worker.hello(0, handed_at=path))[-1] == ipc.TableEnd()
+        await worker.close()
+        setting.workers.remove(worker)
+    while setting.hub.linked:
+        await asyncio.sleep(0.001)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import tempfile
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from proxy.control.machines import Owned, Refused
 from proxy.errors import Code
 from proxy.machines.driver import Exit, MachineSpec, Running
-from proxy.model import Autostop, MachineState, RestartPolicy
+from proxy.model import Autostop, Check, MachineState, RestartPolicy
 from tests.control.rig import GroupPlan, Rig, a_service, an_app
 from tests.support.clock import FakeClock, settle
 
@@ -39,6 +40,37 @@ async def test_a_wake_starts_a_stopped_machine_and_ends_once_it_listens(rig: Rig
     await rig.clock.advance(0.1)
     assert (await wake).code is None
     assert [one.state for one in rig.published] == ["starting", "started"]
+
+
+async def test_the_connection_that_showed_that_it_listens_is_handed_on_before_it_is_told_started(rig: Rig) -> None:
+    await rig.load(an_app())
+    told: list[int] = []
+    forward = rig.fleet.on_change
+
+    def on_change(machine: Owned) -> None:
+        told.append(len(rig.cordons.handed_on))
+        forward(machine)
+
+    rig.fleet.on_change = on_change
+    machine = await rig.started()
+    assert rig.cordons.handed_on == [(machine.id, "started", 8080)]
+    assert told[-1] == 1
+    server = rig.servers[0]
+    with server.accept()[0] as accepted:
+        accepted.settimeout(5)
+        assert accepted.recv(1) == b"", "nobody took it: it is closed"
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        server.accept()
+
+
+async def test_with_checks_or_another_port_to_look_at_no_connection_is_held_open_meanwhile(rig: Rig) -> None:
+    checked = dataclasses.replace(a_service(), checks=(Check("tcp", 10.0, 2.0, 1.0),))
+    await rig.load(an_app("checked", services=(checked,)), an_app("two", services=(a_service(), a_service(9090))))
+    rig.listen(rig.machine("two"), 1)
+    for app in ("checked", "two"):
+        await rig.started(app)
+    assert rig.cordons.handed_on == []
 
 
 async def test_a_wake_of_a_running_machine_is_done_at_once(rig: Rig) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from proxy.clock import monotonic
 from proxy.control.fine_timer import FineClock
-from proxy.control.prober import plain_socket, wait_until_listening
+from proxy.control.prober import connect_when_listening, plain_socket, wait_until_listening
 from proxy.model import Endpoint
 from tests.support.clock import FakeClock, settle
 
@@ -50,6 +50,40 @@ async def test_a_listener_is_found_at_the_first_attempt() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = Endpoint(80, "127.0.0.1", server.getsockname()[1])
         assert await wait_until_listening(endpoint, 0, 1001.0, FakeClock(), plain_socket)
+
+
+async def test_the_connection_that_was_accepted_can_be_had() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = Endpoint(80, "127.0.0.1", server.getsockname()[1])
+        sock = await connect_when_listening(endpoint, 0, 1001.0, FakeClock(), plain_socket)
+        assert sock is not None
+        accepted, _ = server.accept()
+        with sock, accepted:
+            sock.send(b"hello")
+            assert accepted.recv(5) == b"hello"
+
+
+async def test_one_that_is_cancelled_as_it_is_accepted_leaves_no_descriptor_behind() -> None:
+    clock, port = FakeClock(), a_free_port()
+    made: list[socket.socket] = []
+
+    class Cancelling(socket.socket):
+        def connect_ex(self, address: object) -> int:
+            if (code := super().connect_ex(address)) == 0:  # type: ignore[arg-type]  # an address, as socket takes it
+                probe.cancel()
+            return code
+
+    def cancelling(netns_pid: int, family: int) -> socket.socket:
+        made.append(Cancelling(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+        return made[-1]
+
+    waiting = connect_when_listening(Endpoint(80, "127.0.0.1", port), 0, 1010.0, clock, cancelling)
+    probe = asyncio.get_running_loop().create_task(waiting, name="probe")
+    await clock.advance(0.1)
+    with socket.create_server(("127.0.0.1", port)):
+        await clock.advance(0.1)
+        assert probe.cancelled()
+    assert [one.fileno() for one in made] == [-1]
 
 
 async def test_the_first_attempt_is_at_once_and_the_pauses_grow_with_the_time_waited() -> None:
