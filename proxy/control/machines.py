@@ -44,7 +44,7 @@ _DRAIN_POLL_S = 0.05
 _GOODBYE_S = 1.0  # what tunnels get to end, once workers were told to end them
 _RECHECK_S = 1.0
 _FAILING_DRAIN_S = 5.0  # what a machine with failing checks gets to finish what it has, before its restart
-_TELL_S = 0.005
+_TELL_S = 0.05  # of a start under way: telling takes the processor from it, and most are over by then
 _NOTE_S = 0.005
 
 
@@ -175,6 +175,7 @@ class Owned:
     restarts: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     watchers: list[asyncio.Future[None]] = field(default_factory=list)
     last_wake: WakePhases | None = None
+    begun: WakePhases | None = None  # a start that is not in the history yet
     untold: tuple[WakePhases, WakeResult] | None = None  # a resume that is not in the history yet
     last_pid: int | None = None
     admitted: int = 0  # as last looked at by idle.py
@@ -343,7 +344,7 @@ class Fleet:
         return None
 
     def _launch_flight(self, machine: Owned, source: str) -> Flight:
-        self._note_resume(machine)
+        self._note_past(machine)
         now = self._clock.monotonic()
         flight = Flight(WakePhases(self._clock.unix(), source, machine.row.state, now))
         machine.flight = flight
@@ -367,7 +368,8 @@ class Fleet:
             row.stopped_by, row.pid = "", None
             self._change(machine, Change.START, at_once=True, tell_soon=True)  # the journal: about to start
             flight.phases.journalled = self._clock.monotonic()
-            asyncio.get_running_loop().call_soon(self._event, machine, "start", "starting", flight.phases.source)
+            machine.begun = flight.phases
+            asyncio.get_running_loop().call_later(_TELL_S, self._note_past, machine)
             flight.spec = with_version(machine.spec, row.instance_id)
             running = machine.driver.start_at_once(flight.spec)
             if running is not None:
@@ -399,12 +401,15 @@ class Fleet:
         result = WakeResult(machine.row.version)
         self._settle(machine, flight, result)
         machine.untold = flight.phases, result
-        asyncio.get_running_loop().call_later(_NOTE_S, self._note_resume, machine)
+        asyncio.get_running_loop().call_later(_NOTE_S, self._note_past, machine)
         return True
 
-    def _note_resume(self, machine: Owned) -> None:
-        """Tell of it once the request is on its way: this is history, and that one waits for the processor. Or before,
-        when more happens to the machine: what comes first is told first."""
+    def _note_past(self, machine: Owned) -> None:
+        """Tell of a start or resume once the request is on its way: this is history, and that one waits for the
+        processor. Or before, when more happens to the machine: what comes first is told first."""
+        begun, machine.begun = machine.begun, None
+        if begun is not None:
+            self._event(machine, "start", "starting", begun.source, at=begun.asked_at_unix)
         untold, machine.untold = machine.untold, None
         if untold is None:
             return
@@ -981,7 +986,7 @@ class Fleet:
         self, machine: Owned, states: Iterable[str], timeout_s: float, is_enough: Callable[[], bool] = lambda: True
     ) -> bool:
         """True once it is in one of the states and that `is_enough`, which is asked at every change and event."""
-        self._note_resume(machine)
+        self._note_past(machine)
         wanted = frozenset(states)
         watcher: asyncio.Future[None] | None = None
         try:
@@ -1058,7 +1063,7 @@ class Fleet:
         self, machine: Owned, kind: str, status: str, source: str, request: dict[str, Any] | None = None,
         at: float | None = None,
     ) -> None:  # fmt: skip
-        self._note_resume(machine)
+        self._note_past(machine)
         now = self._clock.unix() if at is None else at
         self._store.add_event(machine.id, Event(new_ulid(now), kind, status, source, int(now * 1000), request))
         if machine.watchers:

@@ -36,6 +36,9 @@ async def test_a_wake_starts_a_stopped_machine_and_ends_once_it_listens(rig: Rig
     wake = rig.fleet.wake(machine.id)
     await rig.clock.advance(1.0)
     assert machine.state is MachineState.STARTING and not wake.done()
+    async with asyncio.timeout(5):
+        while not rig.published:  # it takes a while, so it is told
+            await asyncio.sleep(0.001)
     rig.listen(machine)
     await rig.clock.advance(0.1)
     assert (await wake).code is None
@@ -62,6 +65,24 @@ async def test_the_connection_that_showed_that_it_listens_is_handed_on_before_it
     server.setblocking(False)
     with pytest.raises(BlockingIOError):
         server.accept()
+
+
+async def test_the_history_of_a_start_is_whole_and_in_order_though_it_is_written_once_the_request_is_served(
+    rig: Rig,
+) -> None:
+    await rig.load(an_app())
+    machine = rig.machine()
+    wake = rig.fleet.wake(machine.id)
+    assert rig.store.events(machine.id, 1) == [] or rig.store.events(machine.id, 1)[0].type != "start"
+    rig.listen(machine)
+    await asyncio.shield(wake)
+    ended, begun = rig.store.events(machine.id, 2)
+    assert [(one.type, one.status, one.source) for one in (begun, ended)] == [
+        ("start", "starting", "proxy"),
+        ("start", "started", "flyd"),
+    ]
+    assert begun.timestamp <= ended.timestamp
+    assert machine.begun is None
 
 
 async def test_with_checks_or_another_port_to_look_at_no_connection_is_held_open_meanwhile(rig: Rig) -> None:
