@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tests import conformance
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / "compatibility.md", *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
 
@@ -21,3 +23,20 @@ def test_every_test_that_a_page_names_exists() -> None:
 def test_rows_of_the_compatibility_table_have_ids_of_their_own() -> None:
     ids = re.findall(r"^\| ([A-Z]{2}-\d+) \|", PAGES[0].read_text(), re.MULTILINE)
     assert len(ids) > 50 and len(set(ids)) == len(ids)
+
+
+def test_every_test_of_the_conformance_table_exists_where_it_says() -> None:
+    page = conformance.PAGE.read_text()
+    rows = conformance.read_rows(page)
+    lines = [line for line in page.splitlines() if re.match(r"\| [A-Z]{2}[-.\d]", line)]
+    assert len(rows) == len(lines) == len({row.id for row in rows}) > 100
+    for row in rows:
+        for name in row.tests:
+            path, _, test = name.partition("::")
+            assert re.search(rf"def {test}\(", (ROOT / "tests" / path).read_text()), name
+        assert row.tests or re.search("not applicable|comes with several regions", row.here), row.id
+        assert set(re.findall(r"\b[A-Z]{2}-\d+\b(?!\.)", row.here)) <= _ids(), row.id
+
+
+def _ids() -> set[str]:
+    return set(re.findall(r"^\| ([A-Z]{2}-\d+) \|", PAGES[0].read_text(), re.MULTILINE))
