@@ -115,7 +115,7 @@ def test_a_cordoned_machine_gets_nothing_new_from_the_moment_that_it_is_answered
         traffic.wait_for(lambda one: one.asked_at > cordoned_at, 500)
         assert verb(node, "pair", pair[0], "uncordon")[0] == 200
         traffic.wait_for(lambda one: one.asked_at > cordoned_at and one.machine == pair[0], 10)
-        uncordoned_at = next(
+        uncordoned_at = min(
             one.asked_at for one in traffic.answers if one.asked_at > cordoned_at and one.machine == pair[0]
         )
     during = [one for one in traffic.answers if cordoned_at < one.asked_at < uncordoned_at]
