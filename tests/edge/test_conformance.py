@@ -100,6 +100,14 @@ async def test_a_preferred_target_is_taken_above_its_soft_and_below_its_hard_lim
     edge.edge.load.release(2)
 
 
+async def test_who_says_elsewhere_is_not_asked_a_second_time(edge: EdgeHarness) -> None:
+    one, two = await run(edge, hands_on("elsewhere=true"), says(b"two"))
+    edge.set_app(app_of(edge, [one, two]))
+    for asked in range(1, 21):
+        assert (await ask(edge, FORCE_M1))[2] == b"two"
+        assert len(one.heads) == asked
+
+
 async def test_a_replay_names_an_app_and_a_machine_of_it(edge: EdgeHarness) -> None:
     router, one, two = await run(edge, hands_on("app=tenant;instance=t2"), says(b"t1"), says(b"t2"))
     edge.set_app(app_of(edge, [router]))
@@ -230,6 +238,19 @@ async def test_once_a_connection_stands_the_targets_answer_counts_whatever_it_is
     assert len(one.heads) == 1
 
 
+async def test_a_target_that_breaks_off_once_it_was_reached_is_no_failure_of_the_replay(edge: EdgeHarness) -> None:
+    async def breaks_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        await reader.readexactly(2)
+
+    (one,) = await run(edge, once("instance=m2;fallback=force_self"))
+    two = await edge.origin(breaks_off)
+    edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), edge.machine(two.port, "m2", slot=2)))
+    status, head, _ = await ask(edge, FORCE_M1 + b"Content-Length: 2\r\n", b"POST /", b"ab")
+    assert (status, error_of(head)) == (502, b"PU02")
+    assert len(one.heads) == 1 and two.connections == 1
+
+
 async def test_a_target_that_was_reached_may_take_longer_than_the_timeout(edge: EdgeHarness) -> None:
     async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)
@@ -321,7 +342,7 @@ async def test_one_lookup_is_made_for_a_request_and_a_cached_target_may_hand_it_
     one, two, three = await run(edge, hands_on("instance=m2", KEEP % b"/*"), says(b"two"), says(b"three"))
     edge.set_app(app_of(edge, [one, two, three]))
     await ask(edge, FORCE_M1)
-    two.answer = hands_on("instance=m3")
+    two.answer = hands_on("instance=m3", KEEP % b"/*")
     for _ in range(3):
         assert (await ask(edge))[2] == b"three"
         source = three.field(b"fly-replay-src")
