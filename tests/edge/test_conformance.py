@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
+import struct
 from typing import Any
 
 import pytest
@@ -172,6 +173,22 @@ async def test_a_body_of_unknown_length_is_kept_up_to_the_limit_and_then_not_rep
     assert one.bodies == [b"x" * size]
 
 
+async def test_a_mebibyte_is_kept_in_memory_and_more_in_a_file_once_the_app_has_replayed(edge: EdgeHarness) -> None:
+    one, two = await run(edge, hands_on("instance=m2"), lambda head, body: ok(b"%d" % len(body)))
+    edge.set_app(app_of(edge, [one, two]))
+
+    async def post(size: int) -> tuple[int, bytes, bytes]:
+        status, head, body = await ask(edge, FORCE_M1 + b"Content-Length: %d\r\n" % size, b"POST /", b"x" * size)
+        return status, error_of(head), body
+
+    mebibyte = 1 << 20
+    assert (await post(mebibyte + 1))[:2] == (502, b"PA01"), "nobody knew that this app replays"
+    edge.edge.table.remove_app(AppName("hello"))
+    edge.set_app(app_of(edge, [one, two]))
+    assert await post(mebibyte) == (200, b"", b"%d" % mebibyte)
+    assert await post(3 * mebibyte) == (200, b"", b"%d" % (3 * mebibyte))
+
+
 # --- failures of a replay (spec routing §2.2, §2.3)
 
 
@@ -238,16 +255,22 @@ async def test_once_a_connection_stands_the_targets_answer_counts_whatever_it_is
     assert len(one.heads) == 1
 
 
-async def test_a_target_that_breaks_off_once_it_was_reached_is_no_failure_of_the_replay(edge: EdgeHarness) -> None:
+@pytest.mark.parametrize(("taken", "code"), [(2, b"PU02"), (0, b"PC03")], ids=["closes", "resets"])
+async def test_a_target_that_breaks_off_once_it_was_reached_is_no_failure_of_the_replay(
+    edge: EdgeHarness, taken: int, code: bytes
+) -> None:
     async def breaks_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)
-        await reader.readexactly(2)
+        await reader.readexactly(taken)
+        if taken == 0:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
 
     (one,) = await run(edge, once("instance=m2;fallback=force_self"))
     two = await edge.origin(breaks_off)
     edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), edge.machine(two.port, "m2", slot=2)))
     status, head, _ = await ask(edge, FORCE_M1 + b"Content-Length: 2\r\n", b"POST /", b"ab")
-    assert (status, error_of(head)) == (502, b"PU02")
+    assert (status, error_of(head)) == (502, code)
     assert len(one.heads) == 1 and two.connections == 1
 
 
