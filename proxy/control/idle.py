@@ -134,7 +134,8 @@ class IdleWatch:
         for machine in running:
             if machine.id in chosen:
                 self._end(pool, machine, policy, 0.0, f"unused for {now - machine.idle_since:.0f} s")
-        if is_pass and not chosen:
+        is_last = len(running) == 1 and pool.app.idle_timeout_s > 0  # and idle_timeout says when it goes
+        if is_pass and not chosen and not is_last:
             drain_s = _EXCESS_DRAIN_S if len(running) > 1 else 0.0
             excess = choose_excess(uses, policy, pool.app.autostop_at_once)
             for machine in running:

@@ -102,6 +102,18 @@ async def test_each_pass_stops_one_excess_machine_even_without_idle_timeout(rig:
     assert machines[0].state is MachineState.STARTED
 
 
+async def test_the_last_machine_that_runs_stays_for_its_idle_timeout_whatever_the_passes(rig: Rig) -> None:
+    await rig.load(an_app(count=2, idle_timeout_s=100.0))
+    machines = [await rig.started("web", place) for place in range(2)]
+    idle = watch(rig, 1.0)
+    await look(rig, idle, 5.0)
+    assert sum(one.state is MachineState.STARTED for one in machines) == 1, "one was more than needed"
+    await look(rig, idle, 90.0)
+    assert sum(one.state is MachineState.STARTED for one in machines) == 1
+    await look(rig, idle, 10.0)
+    assert all(one.state is MachineState.STOPPED for one in machines)
+
+
 async def test_a_machine_whose_workers_do_not_answer_is_not_stopped_and_tried_again(rig: Rig) -> None:
     await rig.load(an_app(idle_timeout_s=1.0))
     machine, idle = await rig.started(), watch(rig)
