@@ -20,10 +20,14 @@ _HOP_BY_HOP = frozenset(
 _TRUST = frozenset(
     {
         b"forwarded", b"x-real-ip", b"x-client-ip", b"x-cluster-client-ip", b"x-original-forwarded-for",
-        b"x-request-start",
-        b"x-original-host", b"x-original-url", b"x-rewrite-url",
+        b"x-request-start", b"x-original-host", b"x-original-url", b"x-original-proto", b"x-original-port",
+        b"x-rewrite-url", b"client-ip", b"forwarded-for", b"x-forwarded", b"x-remote-ip", b"x-remote-addr",
+        b"proxy-client-ip", b"wl-proxy-client-ip", b"x-proxyuser-ip", b"front-end-https", b"x-url-scheme", b"x-scheme",
+        b"proxy",  # HTTP_PROXY to a CGI program
     }
 )  # fmt: skip
+# A CDN's own (CF-Connecting-IP, True-Client-IP, Fastly-Client-IP) pass: an app behind that CDN reads them, and its
+# access rules can say that only the CDN comes.
 _TRUST_PREFIXES = (b"fly-", b"x-forwarded-", b"wakefront-")
 
 # The fly-* fields that are a client's to send (spec routing §3).

@@ -100,6 +100,9 @@ TRUST = [
     b"X-Forwarded-Port", b"X-Forwarded-SSL", b"X-Forwarded-Host", b"X-Forwarded-Prefix", b"X-Forwarded-Server",
     b"Forwarded", b"X-Real-IP", b"X-Client-IP", b"X-Cluster-Client-IP", b"X-Original-Forwarded-For", b"X-Request-Start",
     b"X-Original-Host", b"X-Original-URL", b"X-Rewrite-URL", b"Wakefront-Internal", b"Wakefront-Error",
+    b"X-Original-Proto", b"X-Original-Port", b"Client-IP", b"Forwarded-For", b"X-Forwarded", b"X-Remote-IP",
+    b"X-Remote-Addr", b"Proxy-Client-IP", b"WL-Proxy-Client-IP", b"X-ProxyUser-IP", b"Front-End-Https", b"X-URL-Scheme",
+    b"X-Scheme", b"Proxy",
 ]  # fmt: skip
 HOP_BY_HOP = [
     b"Keep-Alive", b"Proxy-Connection", b"TE", b"Trailer", b"HTTP2-Settings", b"Proxy-Authenticate",
@@ -118,6 +121,12 @@ def test_what_a_client_may_not_say_is_dropped_in_every_spelling(name: bytes) -> 
     for spelling in spellings(name):
         _, fields = sent_on(spelling + b": 6.6.6.6")
         assert all(value != b"6.6.6.6" for _, value in fields)
+
+
+@pytest.mark.parametrize("name", [b"CF-Connecting-IP", b"True-Client-IP", b"Fastly-Client-IP"])
+def test_what_a_cdn_before_us_says_of_the_client_passes(name: bytes) -> None:
+    _, fields = sent_on(name + b": 6.6.6.6")
+    assert (name, b"6.6.6.6") in fields
 
 
 @pytest.mark.parametrize(
