@@ -395,6 +395,23 @@ async def test_attempts_end_where_every_machine_refuses(edge: EdgeHarness) -> No
     assert len(told) == 5
 
 
+@pytest.mark.slow
+async def test_a_connection_to_a_machine_stays_idle_for_four_seconds(edge: EdgeHarness) -> None:
+    idle: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(ok(b"kept"))
+        began = asyncio.get_running_loop().time()
+        assert await reader.read(1) == b""
+        idle.set_result(asyncio.get_running_loop().time() - began)
+
+    origin = await edge.origin(handle)
+    edge.set_app(edge.app(edge.machine(origin.port)))
+    assert (await ask(edge))[2] == b"kept"
+    assert 3.5 < await asyncio.wait_for(idle, 10) < 5.5
+
+
 @pytest.mark.parametrize("kind", [ConcurrencyType.REQUESTS, ConcurrencyType.CONNECTIONS])
 async def test_a_place_is_free_when_the_answer_has_come_whatever_the_machine_does_then(
     edge: EdgeHarness, kind: ConcurrencyType
@@ -430,8 +447,10 @@ async def test_an_open_tunnel_holds_its_place_until_it_ends(edge: EdgeHarness) -
         writer.write(word)
         assert await asyncio.wait_for(reader.readexactly(3), 5) == word
         assert edge.edge.in_flight(1) == 1
-    status, head, _ = await ask(edge)
-    assert (status, error_of(head)) == (503, b"WQ02")
+    waiting, other = await edge.connect()
+    other.write(b"GET / HTTP/1.1\r\nHost: hello.apps.test\r\nConnection: close\r\n\r\n")
+    answer = await asyncio.wait_for(waiting.read(), 5)
+    assert answer.startswith(b"HTTP/1.1 503 ") and error_of(answer) == b"WQ02"
     writer.close()
     async with asyncio.timeout(5):
         while edge.edge.in_flight(1):
