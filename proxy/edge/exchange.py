@@ -205,7 +205,7 @@ class Exchange:
         self.tried = None
         self.wakes = self.attempts = 0
         self.queued_since = 0
-        self.choose()
+        self._choose_again()
 
     def _choose_again(self) -> None:
         """By the newest records: they may have been replaced while we waited."""
@@ -213,7 +213,8 @@ class Exchange:
         assert old is not None
         app = self.edge.table.apps.get(old.name)
         port = app.ports.get(self.stream.public_port) if app is not None else None
-        if app is None or port is None or not port.http or port.tls is not self.stream.is_tls:
+        is_other = self.handover is not None  # a target need not have TLS where the app has it that hands on
+        if app is None or port is None or not port.http or (port.tls is not self.stream.is_tls and not is_other):
             self.fail(ProxyError(Code.MACHINE_GONE, detail="the app was removed meanwhile"))
             return
         self.app, self.port = app, port
@@ -484,6 +485,7 @@ class Exchange:
         """What was kept can't be read back: the machine has a part of the request, and gets no more."""
         self.replayed = None
         if self.upstream is connection and not self.ended:
+            self.cut_off()  # it must not answer beside who may get the request next
             self.go_on(lambda: self._on_failure(ProxyError(Code.REPLAY_BODY_GONE, Source.EDGE, detail=detail)))
 
     def _on_continue(self) -> None:
@@ -537,7 +539,8 @@ class Exchange:
         for name, value in head.noted:
             if name == LOAD_HEADER:
                 edge.scores.report(machine.slot, now, value)
-        if app.record.sticky is not None and self.cookie != machine.record.id:
+        is_asked = self.handover is None or self.handover.is_asked(app)  # only its cookie is read again
+        if app.record.sticky is not None and is_asked and self.cookie != machine.record.id:
             stick(self, head, app.record.sticky, machine)
 
     def _is_replay(self, head: ResponseHead) -> bool:
@@ -592,6 +595,7 @@ class Exchange:
         connection, port = self.upstream, self.port
         assert connection is not None and port is not None
         if self.head.upgrade is None:
+            self.cut_off()  # first: what was sent ahead waits on for its machine, and must not wait for this
             self._on_failure(
                 ProxyError(Code.UPGRADE_REFUSED, Source.UPSTREAM, detail="101 to a request without Upgrade")
             )

@@ -125,6 +125,10 @@ class Handover:
         """Turn the exchange towards the target, and let it choose there."""
         exchange = self._exchange
         head, edge = exchange.head, exchange.edge
+        error = self._keeps_out(target)
+        if error is not None:
+            exchange.refuse(error)
+            return
         head.target, head.passed, head.listed_hops = self._original
         transform = directive.transform
         if transform is not None:
@@ -143,6 +147,19 @@ class Handover:
         exclude = frozenset({self._machine.record.id} if self._machine is not None and directive.elsewhere else ())
         exchange.want = Preference(directive.instance, directive.prefer_instance, exclude)
         exchange.aim(target, port)
+
+    def _keeps_out(self, target: AppView) -> ProxyError | None:
+        """Another app's access rules hold for what is replayed to it; they are the ones for the rest of the body."""
+        exchange, gate = self._exchange, target.gate
+        if gate is None or target.name == self._app.name:
+            return None
+        seen = max(exchange.head.length, exchange.bytes_in)
+        exchange.gate = gate
+        return gate.admit(exchange.stream.client_ip, seen, exchange.edge.wheel.now)
+
+    def is_asked(self, app: AppView) -> bool:
+        """Whether the client itself named this app."""
+        return self._routed is not None and self._routed.name == app.name
 
     @property
     def sends_again(self) -> bool:
@@ -202,6 +219,7 @@ class Handover:
         head.target, head.passed, head.listed_hops = self._original
         force = source if directive.fallback is Fallback.FORCE_SELF else None
         exchange.want = Preference(force, None if force else source)
+        exchange.gate = self._app.gate
         exchange.aim(self._app, self._port)
 
     def _leave_cache(self) -> None:
@@ -212,4 +230,5 @@ class Handover:
         self._found = self._directive = None
         exchange.extra = b""
         exchange.want = self._want
+        exchange.gate = self._app.gate
         exchange.aim(self._app, self._port)

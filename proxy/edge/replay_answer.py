@@ -54,7 +54,7 @@ class ReplayAnswer:
                 self._refuse("a replay in JSON that is too long")
                 return
         elif length > DISCARD_BYTES or (length == UNTIL_CLOSE and not self._exchange.head_only):
-            self._cut_off("")
+            self._exchange.go_on(lambda: self._cut_off(""))
             return
         self._timer = self._exchange.edge.wheel.call_later(DISCARD_S, self._on_time)
 
