@@ -116,7 +116,9 @@ def _wait_for_room(exchange: Exchange, slots: tuple[int, ...]) -> None:
         exchange.fail(error)
         return
     exchange.wait = ticket
-    exchange.queued_since = ticket.since_ns
+    if not exchange.queued_since:
+        exchange.queued_since = ticket.since_ns
+        exchange.stream.probe()
 
 
 def _start_another(exchange: Exchange, service: ServiceView, chosen: MachineView | None) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import socket
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from proxy.decide.headers import (
     REQUEST_RULES,
@@ -46,6 +47,7 @@ LINGER_S = 2.0
 CLOSE_S = 60.0  # a closing connection's last bytes get this long to leave
 LINGER_BYTES = 1024 * 1024
 UPGRADE_HELD_BYTES = 64 * 1024
+_TCP_CLOSE = 7  # tcpi_state of a connection that was reset (linux/tcp_states.h)
 
 
 class Transport(Protocol):
@@ -61,6 +63,13 @@ class Transport(Protocol):
     def can_write_eof(self) -> bool: ...
     def get_extra_info(self, name: str, default: object = None) -> object: ...
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+
+@runtime_checkable
+class HasOptions(Protocol):
+    """uvloop's socket, as far as it is asked."""
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes: ...
 
 
 class Phase(enum.Enum):
@@ -172,6 +181,8 @@ class HttpConnection(asyncio.Protocol):
             exchange.on_client_gone()
             return False
         self._broken = self._broken or ProxyError(Code.CLIENT_GONE)
+        if exchange.is_in_line:
+            self.probe()
         return not self.is_tls
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -337,6 +348,27 @@ class HttpConnection(asyncio.Protocol):
                 self.client_ip, self._local_ip, self.public_port, self.is_tls, self._edge.region, minor, keep
             )
         return fields
+
+    def probe(self) -> None:
+        """Ask a client that sends no more whether it is still there: who has closed resets the connection at the first
+        byte, who has only finished sending passes over a 100. Only before any byte of its answer."""
+        if self._eof and not self.is_tls and self._exchange is not None and self._exchange.head.minor:
+            self.flush()
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def has_left(self) -> bool:
+        """Whether the client was asked, and has gone: then it is let go. Nothing is read any more that would tell."""
+        if not self._eof or self._transport.is_closing():
+            return self._eof
+        if self._tcp_state() != _TCP_CLOSE:
+            return False
+        self._transport.abort()
+        return True
+
+    def _tcp_state(self) -> int:
+        sock = self._transport.get_extra_info("socket")
+        assert isinstance(sock, HasOptions)
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
     def send_interim(self, head: ResponseHead) -> None:
         self._out.append(interim_head(head))

@@ -62,6 +62,8 @@ class Stream(Protocol):
 
     def enter(self, gate: AccessGate) -> ProxyError | None: ...
     def identity(self, minor: int, keep: bool) -> bytes: ...
+    def probe(self) -> None: ...
+    def has_left(self) -> bool: ...
     def send_interim(self, head: ResponseHead) -> None: ...
     def send_head(self, head: ResponseHead, port: PortView, request_id: bytes, framing: bytes, close: bool) -> None: ...
     def send_switch(self, head: ResponseHead, port: PortView, request_id: bytes) -> None: ...
@@ -250,6 +252,11 @@ class Exchange:
         stream.send_answer(301, ((b"location", location),), b"", self.request_id)
         self._end(close=not self.body_done)
 
+    @property
+    def is_in_line(self) -> bool:
+        """Whether it waits for a place at a hard limit."""
+        return self.wait is not None and self.queued_since > 0
+
     def on_waited(self, error: ProxyError | None) -> None:
         """What it waited for has come, or does not come."""
         self.wait = None
@@ -259,6 +266,8 @@ class Exchange:
             return
         if self.upstream is not None:
             self._on_woken_ahead(self.upstream, error)
+        elif error is None and self.queued_since and self.stream.has_left():
+            return  # its connection ends, and it with that
         elif error is None:
             self.go_on(self._choose_again)
         else:

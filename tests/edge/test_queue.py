@@ -9,6 +9,8 @@ import socket
 import struct
 from typing import Any
 
+import pytest
+
 from proxy.model import AppLimits, AppName, Machine
 from proxy.state import W_QUEUED
 from tests.support.edge import EdgeHarness, read_head
@@ -100,6 +102,40 @@ async def test_who_waited_too_long_is_told_so_and_the_others_go_on(edge: EdgeHar
     assert not first.done() and queued(edge) == 0
     gated.go.release()
     assert (await first).endswith(b"ok")
+
+
+@pytest.mark.parametrize("first_waits", [True, False], ids=["closed in line", "closed before"])
+async def test_a_client_that_closed_as_programs_do_keeps_no_place_in_line(edge: EdgeHarness, first_waits: bool) -> None:
+    gated, _ = await limited(edge, 1)
+    first = ask(edge, "/first")
+    await until(lambda: gated.now == 1)
+    _, writer = await edge.connect()
+    writer.write(b"GET /gone HTTP/1.1\r\nHost: hello.apps.test\r\n\r\n")
+    if first_waits:
+        await until(lambda: len(edge.edge.queue) == 1)
+    writer.close()  # no reset: to us it looks as if it might still read
+    second = ask(edge, "/second")
+    await until(lambda: len(edge.edge.queue) == 2)  # the one that has gone is found out when its turn comes
+    gated.go.release()
+    assert (await first).endswith(b"ok")
+    gated.go.release()
+    assert (await second).endswith(b"ok")
+    assert gated.order == ["/first", "/second"]
+
+
+async def test_a_client_that_only_finished_sending_keeps_its_place_and_is_asked_once(edge: EdgeHarness) -> None:
+    gated, _ = await limited(edge, 1)
+    first = ask(edge, "/first")
+    await until(lambda: gated.now == 1)
+    reader, writer = await edge.connect()
+    writer.write(b"GET /half HTTP/1.1\r\nHost: hello.apps.test\r\n\r\n")
+    writer.write_eof()
+    assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    for _ in range(2):
+        gated.go.release()
+    assert (await first).endswith(b"ok")
+    rest = await asyncio.wait_for(reader.read(), 5)
+    assert rest.startswith(b"HTTP/1.1 200 OK\r\n") and rest.endswith(b"ok")
 
 
 async def test_a_client_that_leaves_the_line_leaves_its_place_to_the_next(edge: EdgeHarness) -> None:

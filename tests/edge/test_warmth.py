@@ -95,7 +95,7 @@ async def test_a_machine_that_is_not_resumed_has_had_the_request_in_vain_and_the
     async with asyncio.timeout(5):
         while not edge.edge.in_flight(machine.slot):
             await asyncio.sleep(0.005)
-    edge.edge.waker.on_wake_done(WakeDone(HELLO, machine.id, "PM05", "it would not start"))
+    edge.edge.waker.on_wake_done(WakeDone(HELLO, machine.id, 1, "PM07", "it would not start"))
     assert (await asyncio.wait_for(answer, 5)).startswith(b"HTTP/1.1 503 ")
     assert edge.edge.in_flight(machine.slot) == 0
 
