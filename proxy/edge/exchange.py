@@ -613,6 +613,8 @@ class Exchange:
         self.response = head
         self.status = 101
         connection.disarm()
+        if head.noted or port.watches:
+            self._watch(head)
         self.stream.send_switch(head, port, self.request_id)
         self.tunnel = Tunnel(self, connection, port.idle_s)
         self.stream.open_tunnel(self.tunnel)
@@ -729,7 +731,7 @@ class Exchange:
             self.edge.scores.observe_failure(machine.slot, self.edge.wheel.now)
         has_body = self.head.length != 0
         tried = (self.tried or set()) | {machine.record.id}
-        others = any(one.record.id not in tried for one in port.service.running) or self.wakes == 0
+        others = self._others_run(tried) or self.wakes == 0
         step = next_step(self.head.method, has_body, error.code, error.retry, self.attempts, others)
         if step is Step.FRESH_CONNECTION and machine not in port.service.running:
             step = Step.ANOTHER if others else Step.GIVE_UP  # it is stopping, or answers elsewhere now
@@ -741,6 +743,16 @@ class Exchange:
         else:
             self.fail(error)
 
+    def _others_run(self, tried: set[MachineId]) -> bool:
+        """Whether a machine runs that may be taken in the place of those tried."""
+        assert self.port is not None
+        want = self.want
+        if want is not None:
+            if want.force is not None:
+                return False
+            tried = tried | want.exclude
+        return any(one.record.id not in tried for one in self.port.service.running)
+
     def _fresh(self, machine: MachineView) -> asyncio.Task[None]:
         assert self.port is not None and self.app is not None
         self.attempts += 1
@@ -750,7 +762,7 @@ class Exchange:
         """Another running machine; with none left, have control look after the one that failed."""
         assert self.port is not None
         self._release_load()
-        if any(one.record.id not in (self.tried or ()) for one in self.port.service.running):
+        if self._others_run(self.tried or set()):
             pick(self)
         elif failed.record.state.value == "started":
             wake(self, failed.record.id)

@@ -27,12 +27,14 @@ _UNREACHED = frozenset(
     {
         Code.NO_CANDIDATE, Code.NO_CANDIDATE_AFTER_RETRIES, Code.NO_HEALTHY, Code.FORCED_UNREACHED, Code.QUEUE_FULL,
         Code.QUEUE_TIMEOUT, Code.CONNECT_REFUSED, Code.CONNECT_RESET, Code.CONNECT_TIMEOUT, Code.CONNECT_IO,
-        Code.WAKE_HELD, Code.WAKE_TIMEOUT, Code.WAKE_INTERNAL, Code.WAKE_BUDGET, Code.START_FAILED, Code.NOT_STARTABLE,
+        Code.WAKE_HELD, Code.WAKE_IGNORED, Code.WAKE_TIMEOUT, Code.WAKE_INTERNAL, Code.WAKE_BUDGET, Code.START_FAILED, Code.NOT_STARTABLE,
         Code.START_CANCELLED, Code.TOO_MANY_WAITERS, Code.CONTROL_UNAVAILABLE, Code.MACHINE_GONE,
         Code.REPLAY_UNREACHED,
     }
 )  # fmt: skip
-_RETRIED = frozenset({Code.CONNECT_REFUSED, Code.CONNECT_RESET, Code.CONNECT_TIMEOUT, Code.CONNECT_IO})
+_RETRIED = frozenset(
+    {Code.NO_CANDIDATE_AFTER_RETRIES, Code.CONNECT_REFUSED, Code.CONNECT_RESET, Code.CONNECT_TIMEOUT, Code.CONNECT_IO}
+)
 
 
 class Handover:
@@ -76,12 +78,13 @@ class Handover:
             directive, self._replays, self._came_back, app.record, target.record if target is not None else None
         )
         self._replays += 1
+        if error is None:
+            app.has_replayed = True  # the next one's body is kept further, if this one's was not kept far enough
         if error is None and not exchange.can_send_again:
             error = ProxyError(Code.REPLAY_BODY_GONE, detail="the request's body was more than is kept")
         if error is not None or target is None:
             exchange.refuse(error or ProxyError(Code.REPLAY_APP_UNKNOWN))
             return
-        app.has_replayed = True
         try:
             self._remember(directive, app)
         except ProxyError as fault:

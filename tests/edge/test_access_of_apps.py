@@ -12,7 +12,7 @@ import pytest
 from proxy.ipc import Wake
 from proxy.model import AccessRules, App, AppName, MachineState, ReplayCacheRule, StickyCookie, WakeRules
 from tests.edge.test_replay import Answer, Machine, app_of, ok, replay, run
-from tests.support.edge import EdgeHarness
+from tests.support.edge import EdgeHarness, read_head
 
 STOPPED = MachineState.STOPPED
 
@@ -194,6 +194,20 @@ async def test_forged_and_foreign_cookies_choose_nothing(edge: EdgeHarness) -> N
         assert status == 200 and _cookie(head)
     edge.set_app(dataclasses.replace(app, name=AppName("other"), hostnames=("hello.apps.test",)))
     assert _cookie((await ask(edge, b"Cookie: %b\r\n" % cookie))[1])
+
+
+async def test_an_upgrade_pins_its_client_too(edge: EdgeHarness) -> None:
+    async def switch(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+
+    origin = await edge.origin(switch)
+    edge.set_app(dataclasses.replace(edge.app(edge.machine(origin.port)), sticky=StickyCookie()))
+    reader, writer = await edge.connect()
+    fields = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+    writer.write(b"GET / HTTP/1.1\r\nHost: hello.apps.test\r\n" + fields + b"\r\n")
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert head.startswith(b"HTTP/1.1 101 ") and _cookie(head)
 
 
 # --- the replay cache

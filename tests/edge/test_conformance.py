@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from proxy.ipc import Wake
-from proxy.model import AppLimits, AppName, ConcurrencyType, Machine, MachineState, Port, ReplayCacheRule
+from proxy.ipc import Wake, WakeDone
+from proxy.model import AppLimits, AppName, ConcurrencyType, Machine, MachineState, Port, ReplayCacheRule, WakeRules
 from tests.edge.test_replay import FORCE_M1, Answer, app_of, ok, replay, replay_json, run
 from tests.edge.test_replay import Machine as Scripted
 from tests.support.edge import EdgeHarness, read_head
@@ -189,7 +189,55 @@ async def test_a_mebibyte_is_kept_in_memory_and_more_in_a_file_once_the_app_has_
     assert await post(3 * mebibyte) == (200, b"", b"%d" % (3 * mebibyte))
 
 
+async def test_an_app_that_replays_large_bodies_alone_has_them_kept_from_the_second_on(edge: EdgeHarness) -> None:
+    one, two = await run(edge, hands_on("instance=m2"), lambda head, body: ok(b"%d" % len(body)))
+    edge.set_app(app_of(edge, [one, two]))
+    size = 2 << 20
+    fields, body = FORCE_M1 + b"Content-Length: %d\r\n" % size, b"x" * size
+    assert error_of((await ask(edge, fields, b"POST /", body))[1]) == b"PA01"
+    assert (await ask(edge, fields, b"POST /", body))[2] == b"%d" % size
+
+
 # --- failures of a replay (spec routing §2.2, §2.3)
+
+
+def look_after(edge: EdgeHarness) -> list[str]:
+    """Control as it is towards a machine that it takes to run: whoever asks is told so. Returns who was asked for."""
+    asked: list[str] = []
+
+    def answer(message: object) -> None:
+        if isinstance(message, Wake):
+            asked.append(message.machine)
+            done = WakeDone(message.app, message.machine, 1)
+            asyncio.get_running_loop().call_soon(edge.edge.waker.on_wake_done, done)
+
+    edge.sent.on_send = answer
+    return asked
+
+
+async def test_a_forced_machine_that_refuses_is_looked_after_and_tried_again_beside_others(edge: EdgeHarness) -> None:
+    (one,) = await run(edge, says(b"one"))
+    edge.set_app(edge.app(edge.machine(dead_port(), "m2", slot=2), edge.machine(one.port, "m1", slot=1)))
+    asked = look_after(edge)
+    status, head, _ = await ask(edge, b"fly-force-instance-id: m2\r\n")
+    assert status in (502, 503) and error_of(head) in (b"PC01", b"PR06"), head
+    assert set(asked) == {"m2"} and one.heads == []
+
+
+async def test_a_replay_to_a_machine_that_refuses_is_told_as_retries_exhausted(edge: EdgeHarness) -> None:
+    (one,) = await run(edge, once("instance=m2;fallback=force_self"))
+    edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), edge.machine(dead_port(), "m2", slot=2)))
+    assert set(look_after(edge)) == set()
+    assert (await ask(edge, FORCE_M1))[2] == b"back"
+    assert b"reason=retries_exhausted" in (one.field(b"fly-replay-failed") or b"")
+
+
+async def test_a_target_that_this_request_may_not_wake_is_a_failed_replay(edge: EdgeHarness) -> None:
+    (one,) = await run(edge, once("app=tenant;fallback=force_self"))
+    edge.set_app(app_of(edge, [one]))
+    tenant = edge.app(edge.machine(1, "t1", MachineState.STOPPED, slot=5), name="tenant", slot=1)
+    edge.set_app(dataclasses.replace(tenant, wake_rules=WakeRules(ignore_paths=("/*",))))
+    assert (await ask(edge))[2] == b"back"
 
 
 @pytest.mark.parametrize(
