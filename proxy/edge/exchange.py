@@ -731,7 +731,7 @@ class Exchange:
             self.edge.scores.observe_failure(machine.slot, self.edge.wheel.now)
         has_body = self.head.length != 0
         tried = (self.tried or set()) | {machine.record.id}
-        others = self._others_run(tried) or self.wakes == 0
+        others = self._others_run(tried) or (self.wakes == 0 and not self._is_given_back)
         step = next_step(self.head.method, has_body, error.code, error.retry, self.attempts, others)
         if step is Step.FRESH_CONNECTION and machine not in port.service.running:
             step = Step.ANOTHER if others else Step.GIVE_UP  # it is stopping, or answers elsewhere now
@@ -742,6 +742,12 @@ class Exchange:
             self._another(machine)
         else:
             self.fail(error)
+
+    @property
+    def _is_given_back(self) -> bool:
+        """Whether who named this one machine takes the request back: sooner than that it is looked after."""
+        is_named = self.want is not None and self.want.force is not None
+        return is_named and self.handover is not None and self.handover.gives_back
 
     def _others_run(self, tried: set[MachineId]) -> bool:
         """Whether a machine runs that may be taken in the place of those tried."""

@@ -27,9 +27,9 @@ _UNREACHED = frozenset(
     {
         Code.NO_CANDIDATE, Code.NO_CANDIDATE_AFTER_RETRIES, Code.NO_HEALTHY, Code.FORCED_UNREACHED, Code.QUEUE_FULL,
         Code.QUEUE_TIMEOUT, Code.CONNECT_REFUSED, Code.CONNECT_RESET, Code.CONNECT_TIMEOUT, Code.CONNECT_IO,
-        Code.WAKE_HELD, Code.WAKE_IGNORED, Code.WAKE_TIMEOUT, Code.WAKE_INTERNAL, Code.WAKE_BUDGET, Code.START_FAILED, Code.NOT_STARTABLE,
-        Code.START_CANCELLED, Code.TOO_MANY_WAITERS, Code.CONTROL_UNAVAILABLE, Code.MACHINE_GONE,
-        Code.REPLAY_UNREACHED,
+        Code.WAKE_HELD, Code.WAKE_IGNORED, Code.WAKE_TIMEOUT, Code.WAKE_INTERNAL, Code.WAKE_BUDGET,
+        Code.START_FAILED, Code.NOT_STARTABLE, Code.START_CANCELLED, Code.TOO_MANY_WAITERS,
+        Code.CONTROL_UNAVAILABLE, Code.MACHINE_GONE, Code.REPLAY_UNREACHED,
     }
 )  # fmt: skip
 _RETRIED = frozenset(
@@ -173,6 +173,11 @@ class Handover:
     def is_open(self) -> bool:
         """Whether the target has not been reached yet: until then a failure is the replay's."""
         return self._directive is not None and not self._reached
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether a failure takes the request back to the app that handed it on."""
+        return self.is_open and self._directive is not None and self._directive.fallback is not None
 
     def opened(self) -> None:
         """A connection to the target stands: what comes now is its answer, whatever it is (spec routing §2.2)."""
