@@ -16,7 +16,7 @@ import shutil
 import zoneinfo
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import idna
 import tomli
@@ -358,8 +358,9 @@ class _ConfigReader:
         self._warn_of_unmapped_ports(listen, apps)
         self._warn_of_owner(apps)
         return NodeConfig(
-            self.path, node, listen, self._certs(), self._log(), limits, tuple(app for app, _ in apps), tuple(self.keys)
-        )
+            self.path, node, listen, self._certs(), self._log(node), limits, tuple(app for app, _ in apps),
+            tuple(self.keys),
+        )  # fmt: skip
 
     def resolve(self, text: str) -> str:
         """A path of config.toml, absolute."""
@@ -458,13 +459,15 @@ class _ConfigReader:
             table.error("issuer", 'expected "internal"', suggest(issuer, ("internal", "acme")))
         return CertsSection()
 
-    def _log(self) -> LogSection:
+    def _log(self, node: NodeSection) -> LogSection:
         table = self._section("log", "access", "format")
         access = table.text("access")
         if access and access != "-":
             access = self.resolve(access)
-            if not os.path.isdir(os.path.dirname(access)):
-                table.error("access", f"expected a file in a folder that exists: there is no {os.path.dirname(access)}")
+            folder = os.path.dirname(access)
+            is_ours = os.path.commonpath((folder, node.data_dir)) == node.data_dir  # and made at the start
+            if not is_ours and not os.path.isdir(folder):
+                table.error("access", f"expected a file in a folder that exists: there is no {folder}")
         return _build(LogSection, access_log=access, access_log_format=table.text("format", choices=("json", "text")))
 
     def _limits(self) -> LimitsSection:
@@ -542,14 +545,17 @@ class _AppReader:
         only_known(table, _APP_KEYS)
         driver = self._driver()
         machines = self._machines(driver)
+        own = self._own()
         path, result = self._fly_toml(driver, machines)
         if result is None:
+            self._judge_alone()
             return None
         fly, name = result.app, self._name(result.app, path)
-        if name is None:
-            return None
         cwd = self._cwd(path, driver)
         groups = self._groups(fly, driver, cwd, len(machines))
+        env = self._env(fly)
+        if name is None:
+            return None
         app = _build(
             AppConfig,
             name=name,
@@ -559,10 +565,23 @@ class _AppReader:
             driver=driver,
             fly_toml_path=path,
             cwd=cwd,
+            env=env,
+            machines=machines,
+            keys=result.keys if path is not None else (),
+            **own,
+        )
+        self._check_ports(app)
+        self._warn_of_idle_keys(app)
+        return app, table
+
+    def _own(self) -> dict[str, Any]:  # Any: one AppConfig field each
+        """What config.toml alone says, so that its faults are told whatever the fly.toml is like."""
+        table = self.table
+        wake_on, balance = table.text("wake_on", choices=("hello", "request")), table.text("balance", choices=_BALANCES)
+        return dict(
             user=self._user(),
             network=table.text("network", choices=("port", "namespace")),
-            env=self._env(fly),
-            wake_on=WakeOn(text) if (text := table.text("wake_on", choices=("hello", "request"))) else None,
+            wake_on=WakeOn(wake_on) if wake_on else None,
             wake_timeout_s=_positive_s(table, "wake_timeout"),
             idle_timeout_s=table.duration_s("idle_timeout", bare_unit_s=1.0),
             autostop_interval_s=_positive_s(table, "autostop_interval"),
@@ -571,19 +590,22 @@ class _AppReader:
             warm_hours=self._warm_hours(),
             restart_on_failing_checks_s=table.duration_s("restart_on_failing_checks", bare_unit_s=1.0),
             limits=self._limits(),
-            balance=Balance(text) if (text := table.text("balance", choices=_BALANCES)) else None,
+            balance=Balance(balance) if balance else None,
             sticky=self._sticky(),
             access=self._access(),
             wake_rules=self._wake_rules(),
             organization=_matching(table, "organization", _ORGANIZATION, _ORGANIZATION_EXPECTED),
             replay_sources=self._replay_sources(),
             keep_bodies=table.flag("keep_bodies"),
-            machines=machines,
-            keys=result.keys if path is not None else (),
         )
-        self._check_ports(app)
-        self._warn_of_idle_keys(app)
-        return app, table
+
+    def _judge_alone(self) -> None:
+        """Without a fly.toml that can be read: what should stand beside one, as far as it can be judged by itself."""
+        if not isinstance(self.table.raw("command"), Mapping):
+            read_command(self.table, "command")
+        if not isinstance(self.table.raw("count"), Mapping):
+            self.table.integer("count", 0, 10_000)
+        self._env(read_fly_toml({}).app)
 
     # --- which app it is
 

@@ -297,6 +297,22 @@ def test_a_faulty_app_does_not_hide_faults_of_the_next(node: Node) -> None:
     }
 
 
+@pytest.mark.parametrize("fly_toml", [None, "app = ", 'app = "<name>"\n'], ids=["missing", "no TOML", "no name"])
+def test_faults_of_an_app_are_told_whatever_its_fly_toml_is_like(node: Node, fly_toml: str | None) -> None:
+    if fly_toml is not None:
+        (node.folder / "bad.toml").write_text(fly_toml)
+    lines = 'fly_toml = "bad.toml"\ncommand = 3\nsticky = 5\ncount = "two"\nidle_timeout = "soon"\n'
+    faults = node.errors(f'[[apps]]\n{lines}[apps.access]\nmax_body = "x"\n')
+    keys = {"command", "sticky", "count", "idle_timeout", "access.max_body"}
+    assert {f"apps[0].{key}" for key in keys} <= set(faults), faults
+
+
+def test_a_log_may_lie_in_a_data_dir_that_is_yet_to_be_made(node: Node) -> None:
+    node.good('[node]\ndata_dir = "new"\n[log]\naccess = "new/logs/access.log"\n')
+    faults = node.errors('[node]\ndata_dir = "new"\n[log]\naccess = "newer/access.log"\n')
+    assert "there is no" in faults["log.access"]
+
+
 def test_a_misspelt_key_is_refused_with_the_likely_one(node: Node) -> None:
     result = node.load("[node]\nregoin = 'x'\n[nod]\n" + APP + "comand = 'x'\n")
     assert {(fault.key, fault.line, fault.did_you_mean) for fault in result.errors} == {
