@@ -54,6 +54,7 @@ def _verdict(found: dict[str, Any]) -> str:  # Any: JSON
     return {
         "send": f"=> sent to {names}",
         "wake": f"=> {names} is started, and gets it",
+        "page": f"=> {names} is started, and the browser shown a page until then ({found['code']})",
         "queue": f"=> waits for room at {names}",
         "wait": "=> waits for a machine whose checks pass",
         "redirect": "=> redirected to https",

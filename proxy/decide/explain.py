@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from proxy.decide.access import Networks, WakeFilter
+from proxy.decide.navigation import wants_page
 from proxy.decide.wake import Held, choose_to_wake
 from proxy.model import AccessRules, App, Balance, Machine, MachineId, MachineState, Port, Service
+from proxy.wire.http1 import is_served
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Asked:
 
 @dataclass(slots=True)
 class Explanation:
-    """What would happen. `action`: send, wake, queue, wait, redirect or refuse."""
+    """What would happen. `action`: send, wake, page, queue, wait, redirect or refuse."""
 
     action: str = "refuse"
     code: str | None = None  # of the error the client would see
@@ -52,6 +54,9 @@ class Explanation:
 def explain(apps: Iterable[App], asked: Asked, in_flight: Callable[[int], int], now: float) -> Explanation:
     """Go through the phases of a request. `now` is unix seconds."""
     found = Explanation()
+    if not is_served(asked.method.encode("latin-1", "replace")):
+        found.say("method", f"{asked.method} is not served")
+        return found.end("refuse", "WD04")
     app = next((one for one in apps if asked.host in one.hostnames), None)
     if app is None:
         found.say("route", f"no app here answers to {asked.host}")
@@ -98,7 +103,7 @@ def _choose(
     machines = [one for one in app.machines if one.group in service.processes]
     forced = asked.header("fly-force-instance-id")
     if forced is not None:
-        return _forced(found, forced, machines, service, in_flight, now)
+        return _forced(found, app, forced, machines, service, asked, in_flight, now)
     ready = []
     for one in machines:
         why = _why_not(one, service)
@@ -136,8 +141,8 @@ def _why_not(machine: Machine, service: Service) -> str | None:
 
 
 def _forced(
-    found: Explanation, wanted: str, machines: Sequence[Machine], service: Service, in_flight: Callable[[int], int],
-    now: float,
+    found: Explanation, app: App, wanted: str, machines: Sequence[Machine], service: Service, asked: Asked,
+    in_flight: Callable[[int], int], now: float,
 ) -> Explanation:  # fmt: skip
     machine = next((one for one in machines if one.id == wanted), None)
     if machine is None or machine.cordoned:
@@ -152,7 +157,7 @@ def _forced(
         found.say("force", f"the client forces {wanted}, which is {machine.state.value}, and autostart is off")
         return found.end("refuse", "WR02")
     found.say("force", f"the client forces {wanted}, which is {machine.state.value} and would be started")
-    return _held(found, machine, now) or found.end("wake")
+    return _ignored(found, app, asked) or _held(found, machine, now) or _started(found, app, asked)
 
 
 def _held(found: Explanation, machine: Machine, now: float) -> Explanation | None:
@@ -203,12 +208,8 @@ def _without(
     if not service.autostart:
         found.say("wake", "auto_start_machines is off: nothing is started for it")
         return found.end("refuse", "PR04")
-    agent = (asked.header("user-agent") or "").encode("latin-1", "replace")
-    path = asked.path.encode("latin-1", "replace")
-    ignored = WakeFilter(app.wake_rules).ignores(asked.method.encode("latin-1", "replace"), path, agent, asked.source)
-    if ignored is not None:
-        found.say("wake", f"nothing is started for it: {ignored}")
-        return found.end("refuse", "WM04")
+    if (ignored := _ignored(found, app, asked)) is not None:
+        return ignored
     choice = choose_to_wake(machines, service.processes, now)
     if isinstance(choice, Held):
         found.say("wake", f"held for another {choice.until - now:.0f} s: {choice.reason}")
@@ -218,5 +219,26 @@ def _without(
         return found.end("refuse", "PR04")
     found.machines = [MachineId(choice)]
     state = next(one.state.value for one in machines if one.id == choice)
-    found.say("wake", f"{choice} is {state}: it is started, and the request waits up to {app.wake_timeout_s:g} s")
+    found.say("wake", f"{choice} is {state}: it is started, within {app.wake_timeout_s:g} s or the request fails")
+    return _started(found, app, asked)
+
+
+def _ignored(found: Explanation, app: App, asked: Asked) -> Explanation | None:
+    """The end of one that the app's wake rules leave out."""
+    agent = (asked.header("user-agent") or "").encode("latin-1", "replace")
+    path = asked.path.encode("latin-1", "replace")
+    ignored = WakeFilter(app.wake_rules).ignores(asked.method.encode("latin-1", "replace"), path, agent, asked.source)
+    if ignored is None:
+        return None
+    found.say("wake", f"nothing is started for it: {ignored}")
+    return found.end("refuse", "WM04")
+
+
+def _started(found: Explanation, app: App, asked: Asked) -> Explanation:
+    """A machine is started for it: it waits for that, or is shown the waiting page."""
+    fields = ("accept", "sec-fetch-mode", "sec-fetch-dest", "x-requested-with")
+    accept, *others = ((asked.header(name) or "").encode("latin-1", "replace") for name in fields)
+    if app.wake_rules.waiting_page and asked.method == "GET" and wants_page(b"GET", accept, *others):
+        found.say("page", "a browser does not wait: it is shown the waiting page (503), which asks again")
+        return found.end("page", "WM06")
     return found.end("wake")

@@ -12,6 +12,7 @@ import hashlib
 from base64 import b64encode
 from html import escape
 
+from proxy.decide.navigation import wants_page, weighed
 from proxy.wire.http1 import Headers, RequestHead
 
 STATUS = 503
@@ -118,44 +119,11 @@ def _field(fields: Headers, name: bytes) -> bytes:
     return b", ".join(value for found, value in fields if found.lower() == name)
 
 
-def wants_page(
-    method: bytes, accept: bytes, fetch_mode: bytes = b"", fetch_dest: bytes = b"", requested_with: bytes = b""
-) -> bool:
-    """Whether a request is a browser's navigation: a person will read the answer, and a refresh asks again.
-
-    Browsers say so in Sec-Fetch-Mode and -Dest on secure origins; elsewhere only Accept tells, which must name HTML:
-    `*/*` alone is a program's.
-    """
-    if method != b"GET" or requested_with:
-        return False
-    if fetch_mode and fetch_mode != b"navigate":
-        return False
-    if fetch_dest and fetch_dest not in (b"document", b"iframe", b"frame"):
-        return False
-    return any(name in (b"text/html", b"application/xhtml+xml") and weight > 0 for name, weight in _weighed(accept))
-
-
 def choose_language(accept_language: bytes) -> str:
     """The language of ours that a browser likes best, by its primary subtag; English if it names none of them."""
     best, best_weight = DEFAULT_LANGUAGE, 0.0
-    for tag, weight in _weighed(accept_language):
+    for tag, weight in weighed(accept_language):
         code = tag.partition(b"-")[0].decode("latin-1")
         if code in _TEXTS and weight > best_weight:
             best, best_weight = code, weight
     return best
-
-
-def _weighed(value: bytes) -> list[tuple[bytes, float]]:
-    """The members of an Accept-like list, in lower case, each with its weight (RFC 9110 §12.4.2)."""
-    members: list[tuple[bytes, float]] = []
-    for member in value.lower().split(b","):
-        name, *parameters = (part.strip(b" \t") for part in member.split(b";"))
-        weight = next((_weight(one[2:]) for one in parameters if one[:2] == b"q="), 1.0)
-        members.append((name, weight))
-    return members
-
-
-def _weight(text: bytes) -> float:
-    """A weight of 0 to 1; what is none counts as 0, so that it chooses nothing."""
-    digits = text.replace(b".", b"", 1)
-    return min(float(text), 1.0) if digits.isdigit() and len(text) <= 5 else 0.0

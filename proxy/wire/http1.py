@@ -201,6 +201,17 @@ _HOSTS_MAX = 8192
 _hosts: dict[bytes, str] = {}
 
 
+def is_served(method: bytes) -> bool:
+    """Whether requests with this method are taken at all; the others are answered METHOD_UNKNOWN."""
+    if method in _NOT_SERVED or not method.replace(b"-", b"").replace(b"_", b"").isalpha():
+        return False
+    try:
+        httptools.HttpRequestParser(object()).feed_data(method + b" / HTTP/1.1\r\n")
+    except httptools.HttpParserError:
+        return False
+    return True
+
+
 def normalize_host(authority: bytes) -> str:
     """Lower-case name without port and trailing dot.
 

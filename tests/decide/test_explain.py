@@ -120,3 +120,29 @@ def test_access_and_wake_rules_are_told() -> None:
 def test_the_rule_is_told_where_several_may_be_drawn() -> None:
     found = ask(app(machine("a", 1), machine("b", 2), balance=Balance.PEAK_EWMA))
     assert any(step == "balance" and text.startswith("peak-ewma") for step, text in found.steps)
+
+
+def test_a_method_that_is_not_served_is_refused_whatever_runs() -> None:
+    for method in ("CONNECT", "FOO", "get", "A B"):
+        assert (ask(app(machine("m1", 1)), method=method).action, ask(method=method).code) == ("refuse", "WD04"), method
+    for method in ("GET", "POST", "PROPFIND", "M-SEARCH"):
+        assert ask(app(machine("m1", 1)), method=method).action == "send", method
+
+
+BROWSER = (("accept", "text/html,*/*;q=0.8"), ("sec-fetch-mode", "navigate"), ("sec-fetch-dest", "document"))
+
+
+def test_a_browser_is_shown_the_waiting_page_and_a_program_waits() -> None:
+    web = dataclasses.replace(app(machine("m1", 1, STOPPED)), wake_rules=WakeRules(waiting_page=True))
+    found = ask(web, headers=BROWSER)
+    assert (found.action, found.code, found.machines) == ("page", "WM06", ["m1"])
+    assert ask(web, headers=(("accept", "*/*"),)).action == "wake"
+    assert ask(web, headers=BROWSER, method="POST").action == "wake"
+    forced = (("fly-force-instance-id", "m1"), *BROWSER)
+    assert ask(web, headers=forced).action == "page"
+
+
+def test_naming_a_machine_does_not_get_round_the_rules_of_who_wakes() -> None:
+    web = dataclasses.replace(app(machine("m1", 1, STOPPED)), wake_rules=WakeRules(ignore_agents=("bot",)))
+    found = ask(web, headers=(("fly-force-instance-id", "m1"), ("user-agent", "a-bot/1")))
+    assert (found.action, found.code) == ("refuse", "WM04")

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.decide.navigation import wants_page
 from proxy.edge.waiting_page import (
     REFRESH_MAX_S,
     choose_language,
     page_language,
     waiting_fields,
     waiting_page,
-    wants_page,
 )
 from tests.wire.http1_support import read_requests
 
