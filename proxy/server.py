@@ -154,7 +154,10 @@ class Server:
         self.store = Store(os.path.join(ctx.plan.data_dir, "wakefront.db"))
         for fault in self.store.faults:
             log.error("%s", fault)
-        self._drivers: dict[str, Driver] = {"process": ProcessDriver(ctx.plan.data_dir), "static": StaticDriver()}
+        self._drivers: dict[str, Driver] = {
+            "process": ProcessDriver(ctx.plan.data_dir, supervisor=os.getppid()),
+            "static": StaticDriver(),
+        }
         self.hub = Hub(ctx.control_listener, ctx.plan.workers, memory, self._clock, plan.settings)
         epoch = self.store.next_epoch(self._clock.unix())
         self.fleet = Fleet(self._drivers, self.store, memory, self._clock, self.hub, _make_socket, epoch)

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 _VERSIONS_PER_EPOCH = 20  # bits
 _OTHER_PORTS_S = 2.0  # what the second and further ports of a machine get once the first one answers
 _DRAIN_POLL_S = 0.05
+_END_S = 2.0  # for the word how a machine ended
+_END_POLL_S = 0.005
 _GOODBYE_S = 1.0  # what tunnels get to end, once workers were told to end them
 _RECHECK_S = 1.0
 _FAILING_DRAIN_S = 5.0  # what a machine with failing checks gets to finish what it has, before its restart
@@ -322,10 +324,21 @@ class Fleet:
         if machine.flight is not None:
             return machine.flight.result
         if machine.state is MachineState.STARTED and machine.ending is None:
+            if machine.driver.has_ended(machine_id):
+                return spawn(self._wake_again(machine, source), f"wake {machine_id} once its end is on record")
             return _done(WakeResult(machine.row.version))
         if (refusal := self._refusal(machine, source)) is not None:
             return _done(refusal)
         return self._launch_flight(machine, source).result
+
+    async def _wake_again(self, machine: Owned, source: str) -> WakeResult:
+        """It has ended, and the word how is on its way: who asks has met its closed port, and would again."""
+        limit = self._clock.monotonic() + _END_S
+        while machine.driver.has_ended(machine.id) and self._clock.monotonic() < limit:
+            await self._clock.sleep(_END_POLL_S)
+        if machine.state is MachineState.STARTED:
+            return WakeResult(machine.row.version)
+        return await asyncio.shield(self.wake(machine.id, source))
 
     def _refusal(self, machine: Owned, source: str) -> WakeResult | None:
         version, row = machine.row.version, machine.row

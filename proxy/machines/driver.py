@@ -126,6 +126,9 @@ class Driver(Protocol):
     def is_frozen(self, machine: MachineId) -> bool:
         """Whether it stands still, as this driver last saw it: a suspend or resume may have been cut off midway."""
 
+    def has_ended(self, machine: MachineId) -> bool:
+        """Whether it has ended and `on_exit` is still to come."""
+
     def exited_elsewhere(self, pid: int, end: Exit) -> bool:
         """The supervisor, parent of orphans, saw this pid end. True if it is a machine watched here: then `on_exit`
         was called. False: nobody's, so it may be reaped."""

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal as signals
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from proxy.model import MachineId
 _log = logging.getLogger(__name__)
 
 _ELSEWHERE_S = 1.0  # how long the supervisor may take to tell an orphan's status
+_UNTOLD_S = 0.1  # and where it is not the orphan's parent, and hardly can
 _FREEZE_S = 5.0  # a process in an uninterruptible wait does not stop before it is over
 _KILL_S = 10.0
 _TEND_S = 1.0
@@ -44,6 +46,7 @@ class _Watch:
     pidfd: int
     is_child: bool  # ours to reap; else the supervisor's
     log_path: str
+    is_told: bool = True  # of one that is not ours: its parent is the supervisor, which tells how it ended
     ended: bool = False  # its leader is a zombie or gone
     reported: asyncio.Event = field(default_factory=asyncio.Event)
     timer: asyncio.TimerHandle | None = None
@@ -65,8 +68,10 @@ class ProcessDriver:
     name = "process"
     can_suspend = True
 
-    def __init__(self, node_dir: str, log_limit_bytes: int = logs.LIMIT_BYTES) -> None:
+    def __init__(self, node_dir: str, log_limit_bytes: int = logs.LIMIT_BYTES, supervisor: int | None = None) -> None:
+        """`supervisor`: the pid of who, as parent of orphans, tells how they ended; None: it is not known."""
         self._node_dir = node_dir
+        self._supervisor = supervisor
         self._log_limit_bytes = log_limit_bytes
         self._on_exit: ExitCallback | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -243,6 +248,7 @@ class ProcessDriver:
             os.close(pidfd)
             return False
         watch = _Watch(machine, running, pidfd, is_child=stat.parent == os.getpid(), log_path=log_path)
+        watch.is_told = self._supervisor in (None, stat.parent)
         if stat.state in "Tt":
             watch.frozen, watch.frozen_apart = True, None
         self._watch(watch)
@@ -311,7 +317,12 @@ class ProcessDriver:
         if watch.is_child:
             self._report(watch, _peek(watch.pidfd))
         elif not watch.reported.is_set():
-            watch.timer = loop.call_later(_ELSEWHERE_S, self._report, watch, Exit())
+            wait_s = _ELSEWHERE_S if watch.is_told else _UNTOLD_S  # not told: it outlived the supervisor before this
+            watch.timer = loop.call_later(wait_s, self._report, watch, Exit())
+
+    def has_ended(self, machine: MachineId) -> bool:
+        watch = self._watches.get(machine)
+        return watch is not None and not watch.reported.is_set() and (watch.ended or _is_over(watch.pidfd))
 
     def exited_elsewhere(self, pid: int, end: Exit) -> bool:
         for watch in self._watches.values():
@@ -569,6 +580,13 @@ def _spawn(spawner: Spawner | Doorstep, spec: MachineSpec) -> Spawned:
         raise
     finally:
         os.close(fd)
+
+
+def _is_over(pidfd: int) -> bool:
+    """Whether the process has ended, also where the loop has yet to hear of it."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _peek(pidfd: int) -> Exit:

@@ -49,6 +49,9 @@ class StaticDriver:
     def is_frozen(self, machine: MachineId) -> bool:
         return False
 
+    def has_ended(self, machine: MachineId) -> bool:
+        return False
+
     def exited_elsewhere(self, pid: int, end: Exit) -> bool:
         return False
 

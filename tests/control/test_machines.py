@@ -442,6 +442,19 @@ async def test_a_machine_that_fails_by_itself_is_started_again_at_once_and_then_
     assert machine.row.restart_count == 4
 
 
+async def test_a_wake_that_comes_before_the_word_of_an_end_waits_for_that_and_starts_the_machine_anew(rig: Rig) -> None:
+    await rig.load(an_app())
+    machine = await rig.started()
+    first = machine.running
+    rig.driver.host.end(machine.id, Exit(code=0))  # and the loop has yet to turn
+    assert machine.state is MachineState.STARTED
+    woken = rig.fleet.wake(machine.id)
+    async with asyncio.timeout(5):
+        while not woken.done():
+            await rig.clock.advance(0.01)
+    assert woken.result().code is None and machine.state is MachineState.STARTED and machine.running != first
+
+
 async def test_a_machine_that_ends_well_stays_stopped_until_a_request_comes(rig: Rig) -> None:
     await rig.load(an_app())
     machine = await rig.started()

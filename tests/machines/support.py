@@ -68,9 +68,9 @@ class Exits:
 
 
 @contextlib.asynccontextmanager
-async def driver_at(folder: Path) -> AsyncIterator[tuple[ProcessDriver, Exits]]:
+async def driver_at(folder: Path, supervisor: int | None = None) -> AsyncIterator[tuple[ProcessDriver, Exits]]:
     """A process driver whose machines are all ended when the test is over."""
-    driver, exits = ProcessDriver(str(folder)), Exits()
+    driver, exits = ProcessDriver(str(folder), supervisor=supervisor), Exits()
     driver.set_on_exit(exits)
     try:
         yield driver, exits

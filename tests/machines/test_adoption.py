@@ -108,6 +108,31 @@ async def test_an_end_that_nobody_can_tell_of_is_reported_as_unknown(
         assert "ended, exit code unknown" in Path(one.log_path).read_text()
 
 
+async def test_the_end_of_one_that_outlived_its_supervisor_is_not_waited_for_long(tmp_path: Path) -> None:
+    one = spec(tmp_path, *python(_FROM_TERM_9))
+    async with orphanage(one, tmp_path) as parent, driver_at(tmp_path, supervisor=os.getpid()) as (driver, exits):
+        await said(one, "up")
+        await parent.kill_control()
+        assert driver.adopt(one, parent.running) == parent.running
+        began = asyncio.get_running_loop().time()
+        os.kill(parent.running.pid, signal.SIGTERM)
+        assert await exits.first() == Exit(code=None, signal=None)
+        assert asyncio.get_running_loop().time() - began < 0.9, "who could have told is gone"
+
+
+async def test_who_ended_and_is_still_to_be_told_of_is_known_to_have_ended(tmp_path: Path) -> None:
+    one = spec(tmp_path, *python(_FROM_TERM_9))
+    async with orphanage(one, tmp_path) as parent, driver_at(tmp_path) as (driver, exits):
+        await said(one, "up")
+        await parent.kill_control()
+        assert driver.adopt(one, parent.running) == parent.running and not driver.has_ended(one.id)
+        os.kill(parent.running.pid, signal.SIGTERM)
+        assert (await parent.hears())[0] == "exited"
+        assert driver.has_ended(one.id) and exits.all == []
+        assert driver.exited_elsewhere(parent.running.pid, Exit(code=9))
+        assert not driver.has_ended(one.id) and exits.all == [(one.id, parent.running, Exit(code=9))]
+
+
 async def test_one_that_ended_while_there_was_no_control_is_adopted_for_its_exit_status(tmp_path: Path) -> None:
     one = spec(tmp_path, *python(_FROM_TERM_9))
     async with orphanage(one, tmp_path) as parent, driver_at(tmp_path) as (driver, exits):

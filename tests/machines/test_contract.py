@@ -113,6 +113,16 @@ class TestDriver:
         assert not driver.is_frozen(machine.id)
         assert driver.resume_at_once(machine.id)
 
+    async def test_one_that_has_ended_is_known_to_before_it_is_told_how(
+        self, driver: Driver, machine: MachineSpec, exits: Exits
+    ) -> None:
+        await driver.start(machine, started)
+        assert not driver.has_ended(machine.id)
+        await driver.stop(machine.id, signal.SIGTERM, 5)
+        assert len(exits.all) == 1 and not driver.has_ended(machine.id), "what was told is awaited no more"
+        driver.forget(machine.id)
+        assert not driver.has_ended(machine.id)
+
     async def test_a_suspended_machine_can_be_stopped(self, driver: Driver, machine: MachineSpec, exits: Exits) -> None:
         await driver.start(machine, started)
         await driver.suspend(machine.id)

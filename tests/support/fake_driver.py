@@ -167,6 +167,10 @@ class FakeDriver:
             raise DriverError(f"machine {machine} is not running")
         process.frozen = False
 
+    def has_ended(self, machine: MachineId) -> bool:
+        process = self._watched(machine)
+        return process is not None and process.end is not None and not self._reported[machine].is_set()
+
     def exited_elsewhere(self, pid: int, end: Exit) -> bool:
         for process in self.host.processes.values():
             if process.running.pid == pid and process.parent is self:

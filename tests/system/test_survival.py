@@ -189,3 +189,42 @@ def test_control_killed_at_any_moment_of_a_suspend_leaves_a_machine_that_answers
 def _suspend(node: ServedNode, machine: str) -> None:
     with contextlib.suppress(OSError, http.client.HTTPException):  # control may go before it has answered
         node.api("POST", f"/v1/apps/web/machines/{machine}/suspend")
+
+
+@pytest.mark.parametrize("killed", ["nobody", "control", "supervisor"])
+def test_a_machine_that_crashes_under_load_is_started_again_and_no_request_is_refused(
+    tmp_path: Path, killed: str
+) -> None:
+    with ServedNode(tmp_path, make_app(tmp_path, "web", keys='idle_timeout = "1h"\n')) as node:
+        node.get("web")
+        if killed == "control":
+            kill_control(node)
+        elif killed == "supervisor":
+            assert node.process is not None
+            node.process.kill()
+            node.process.wait(10)
+            node.start()
+            node.wait_ready()
+        (pid,) = running(node, "web")
+        with ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(_ask_for, node, 2.5) for _ in range(4)]
+            time.sleep(0.5)
+            os.kill(pid, signal.SIGKILL)
+            codes = [code for one in asking for code in one.result()]
+        assert len(codes) > 250
+        refused = [code for code in codes if code]
+        assert len(refused) <= 4 and set(refused) <= {"PC03", "PU02"}, "what it had in hand is lost, and no more"
+        assert len(starts(node.folder, "web")) == 2
+
+
+def _ask_for(node: ServedNode, seconds: float) -> list[str]:
+    """Requests one after the other on a kept connection; the code of each, empty for an answer of the machine."""
+    codes, until, client = [], time.monotonic() + seconds, node.client("web")
+    while time.monotonic() < until:
+        client.request("GET", "/", headers={"Host": node.host("web")})
+        response = client.getresponse()
+        response.read()
+        codes.append(response.headers.get("wakefront-error", ""))
+        time.sleep(0.005)
+    client.close()
+    return codes
