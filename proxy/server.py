@@ -20,6 +20,7 @@ import secrets
 import select
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ from proxy.control.plan import NodePlan, keep_plan, kept_plan, plan_of
 from proxy.control.prober import plain_socket
 from proxy.control.store import Store
 from proxy.errors import Code
+from proxy.machines import proc
 from proxy.machines.driver import Driver, Exit
 from proxy.machines.process import ProcessDriver
 from proxy.machines.static import StaticDriver
@@ -458,8 +460,10 @@ class Server:
             "region": self._plan.region,
             "version": _version(),
             "ready": self.is_ready,
-            "uptime_s": round(now - self._began, 3),
-            "control": {"pid": os.getpid(), "incarnation": self._ctx.incarnation},
+            "uptime_s": round(_supervisor_age_s(), 3),
+            "control": {
+                "pid": os.getpid(), "incarnation": self._ctx.incarnation, "uptime_s": round(now - self._began, 3)
+            },
             "workers": [
                 {"id": slot, "slot": slot, "pid": linked.get(slot), "linked": slot in linked,
                  "connections": self._memory.cells[self._memory.worker_base(slot)]}
@@ -599,6 +603,13 @@ def _write_text(path: str, text: str) -> None:
     with open(path + ".new", "w", encoding="ascii") as file:
         file.write(text)
     os.replace(path + ".new", path)
+
+
+def _supervisor_age_s() -> float:
+    """For how long the node has been up, whatever controls it has had."""
+    stat = proc.read_stat(os.getppid())
+    ticks = stat.start_ticks if stat is not None else 0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _version() -> str:

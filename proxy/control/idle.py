@@ -141,7 +141,7 @@ class IdleWatch:
             for machine in running:
                 if machine.id in excess:
                     self._end(pool, machine, policy, drain_s, f"{len(running)} machines run, and fewer are needed")
-        if pool.app.warm_hours and self.is_warm(pool.app):
+        if pool.app.warm_hours and self.is_warm(pool.app) and not self._fleet.is_ending:
             self._warm(pool, policy)
 
     def policy(self, pool: Pool) -> Policy:

@@ -879,6 +879,11 @@ class Fleet:
     def _is_steady(self, machine: Owned) -> bool:
         return machine.state is MachineState.STARTED and machine.flight is None and machine.ending is None
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing is started any more."""
+        return self._ending_all
+
     async def stop_all(self) -> None:
         """Stop every machine, at the same time. Nothing is started any more."""
         self._ending_all = True

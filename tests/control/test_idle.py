@@ -431,6 +431,15 @@ async def test_warm_hours_bring_up_the_minimum_one_at_a_time(rig: Rig) -> None:
     assert count_started(machines) == 2
 
 
+async def test_nothing_is_warmed_once_the_node_is_stopping(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    await rig.load(an_app(**warm("daily 00:00-24:00")))
+    machine = rig.machine()
+    await rig.fleet.stop_all()
+    with caplog.at_level("INFO"):
+        await look(rig, watch(rig), 30.0)
+    assert machine.state is not MachineState.STARTED and "warm hours" not in caplog.text
+
+
 async def test_what_a_user_stopped_or_cordoned_and_what_is_held_after_failures_is_not_warmed(rig: Rig) -> None:
     await rig.load(an_app(count=3, idle_timeout_s=10.0, **warm("daily 00:00-24:00")))
     by_user, cordoned, failing = (rig.machine("web", place) for place in range(3))

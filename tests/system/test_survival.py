@@ -198,7 +198,10 @@ def test_a_machine_that_crashes_under_load_is_started_again_and_no_request_is_re
     with ServedNode(tmp_path, make_app(tmp_path, "web", keys='idle_timeout = "1h"\n')) as node:
         node.get("web")
         if killed == "control":
+            time.sleep(0.5)
             kill_control(node)
+            told = node.api("GET", "/v1/status")[1]
+            assert told["uptime_s"] > told["control"]["uptime_s"] + 0.5, "the node has been up for longer"
         elif killed == "supervisor":
             assert node.process is not None
             node.process.kill()
