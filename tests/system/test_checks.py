@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -226,7 +227,12 @@ def test_a_machine_whose_checks_never_pass_answers_503_with_the_reason_and_runs_
 
 
 def test_the_operator_sees_every_check(node: ServedNode) -> None:
-    machine = node.machines("pair")[0]
+    node.get("pair")
+
+    def checked() -> dict[str, Any] | None:
+        return next((one for one in node.machines("pair") if all(check["updated_at"] for check in one["checks"])), None)
+
+    machine = wait_for(checked, 20, lambda: f"each check to have been run once: {node.machines('pair')}")
     checks = {check["name"]: check for check in machine["checks"]}
     assert set(checks) == {"servicecheck-00-http-8080", "inner"}
     shown = checks["servicecheck-00-http-8080"]
