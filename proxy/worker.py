@@ -25,6 +25,7 @@ import uvloop
 
 from certs import PackReader, load_or_make_secret
 from proxy.clock import monotonic, monotonic_ns, spawn
+from proxy.descriptors import adopt
 from proxy.edge.certificates import Certificates
 from proxy.edge.context import EdgeContext
 from proxy.edge.listener import Gate, Listener
@@ -493,7 +494,7 @@ class Link(asyncio.Protocol):
                 except BaseException:
                     sock.close()
                     raise
-                await loop.create_unix_connection(lambda: self, sock=sock)
+                await adopt(loop, lambda: self, sock)
             except OSError as error:
                 log.debug("control is not there: %s", error)
             else:

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 COLUMNS: tuple[frozenset[str], ...] = (
     frozenset({"model", "errors", "process", "tickets"}),
     frozenset({"wire", "decide", "config"}),
-    frozenset({"state", "ipc", "clock", "metrics", "namespace", "binding", "orphans", "children", "rundir"}),
+    frozenset(
+        {"state", "ipc", "clock", "metrics", "namespace", "descriptors", "binding", "orphans", "children", "rundir"}
+    ),
     frozenset({"edge", "machines"}),
     frozenset({"control"}),
     frozenset({"worker", "server", "supervisor", "cli", "__main__"}),

@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 from proxy.clock import spawn
 from proxy.control.prober import SocketMaker
+from proxy.descriptors import adopt
 from proxy.errors import Code, ProxyError, Source
 from proxy.model import Check
 from proxy.wire.http1 import Headers, Limits, ResponseHead, ResponseReader
@@ -95,13 +96,8 @@ class CheckClient:
         context = await self._context(check) if check.protocol == "https" else None
         name = (check.tls_server_name or target.host) if context is not None else None
         sock = await self._connected(target)
-        try:
-            transport, answer = await asyncio.get_running_loop().create_connection(
-                lambda: _Answer(check.method == "HEAD"), sock=sock, ssl=context, server_hostname=name
-            )
-        except BaseException:
-            sock.close()
-            raise
+        loop = asyncio.get_running_loop()
+        transport, answer = await adopt(loop, lambda: _Answer(check.method == "HEAD"), sock, context, name)
         try:
             transport.write(request)
             head = await answer.head

@@ -333,7 +333,7 @@ class Exchange:
         if self._admit(machine, self.port.service.record.hard_limit):
             self._send(connection)
         else:
-            connection.release(clean=True)
+            connection.release(clean=False)  # for nobody else: the machine may have dropped it
 
     def on_connected(self, connection: UpstreamConnection) -> None:
         self.connecting = None
@@ -376,7 +376,7 @@ class Exchange:
         )
         connection.transport.write(data)
         limit = app.record.limits.first_byte_timeout_s
-        if self.body_done and self.held is None and self.kept is None:
+        if self.head.length == 0:
             if limit is not None:
                 edge.wheel.arm(connection, limit)
             return
@@ -642,7 +642,8 @@ class Exchange:
             self.stream.send_last_chunk(trailers)
         response = self.response if handing is None else handing.head
         assert response is not None
-        is_clean = response.keep_alive and self.body_done and self.head.upgrade is None
+        is_sent = self.body_done and self.replayed is None  # one that is sent again may not be whole at the machine
+        is_clean = response.keep_alive and is_sent and self.head.upgrade is None
         self._let_go().release(clean=is_clean)
         if handing is not None:
             self.go_on(handing.end)
@@ -686,10 +687,15 @@ class Exchange:
         if self.upstream_full:
             self.upstream_full = False
             self.stream.resume_body()
-            if self.replayed is not None:
+            if self.upstream is not None and self.response is None and self.app is not None:
+                is_sent = self.body_done and self.replayed is None
+                limit = self.app.record.limits.first_byte_timeout_s if is_sent else None
+                if limit is None:
+                    self.upstream.disarm()
+                else:
+                    self.upstream.arm(limit)
+            if self.replayed is not None:  # last: it may fill the machine's side again
                 self.replayed.resume()
-            if self.upstream is not None and self.response is None and not self.body_done:
-                self.upstream.disarm()
 
     def on_client_pause(self) -> None:
         """The client does not take what we send: let the machine wait."""
@@ -836,7 +842,11 @@ class Exchange:
         """The rest of the request can't be read. The machine must not take a part for the whole."""
         if self.ended:
             return
-        if self.response is None:
+        if self.tunnel is not None:
+            self.code, self.detail, self.failed = error.code, error.detail, True
+            self.cut_off()
+            self.tunnel.machine_lost()
+        elif self.response is None:
             self.refuse(error)
         else:
             self._fail_midway(error)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from proxy import namespace
 from proxy.clock import monotonic_ns, spawn
 from proxy.decide.headers import RESPONSE_RULES
+from proxy.descriptors import adopt
 from proxy.edge import table
 from proxy.edge.flow import ReadGate
 from proxy.edge.timers import NEVER, Call
@@ -282,6 +283,9 @@ class Pool:
 
     def cool(self) -> None:
         """The machine runs: who does not take the connection within the time of kept ones does without."""
+        if self._warming is not None:  # comes too late to be of use
+            self._warming.cancel()
+            self._warming = None
         if self._warm is not None:
             self.edge.wheel.arm(self._warm, IDLE_S)
 
@@ -327,7 +331,7 @@ class Pool:
         given, self._given = self._given, None
         task = spawn(_Connect(self, user, given).run(), "upstream-connect")
         if given is not None:
-            task.add_done_callback(lambda _: given.close())  # the transport, if there is one, has its own
+            task.add_done_callback(lambda _: given.close())  # if it ended before the loop took it
         return task
 
     @contextlib.contextmanager
@@ -418,7 +422,7 @@ class _Connect:
     async def _open(self) -> None:
         pool, loop = self._pool, self._pool.edge.loop
         if self._given is not None:
-            await loop.create_connection(lambda: UpstreamConnection(pool, self._made), sock=self._given)
+            await adopt(loop, self._connection, self._given)
             return
         sock = self._socket()
         try:
@@ -432,10 +436,13 @@ class _Connect:
                 raise OSError(code, os.strerror(code))
             if sock.getsockname() == sock.getpeername():  # a connect to a free port of the ephemeral range met itself
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
-            await loop.create_connection(lambda: UpstreamConnection(pool, self._made), sock=sock)
         except BaseException:
             sock.close()
             raise
+        await adopt(loop, self._connection, sock)
+
+    def _connection(self) -> UpstreamConnection:
+        return UpstreamConnection(self._pool, self._made)
 
     def _socket(self) -> socket.socket:
         if self._pool.netns_pid:
