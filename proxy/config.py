@@ -601,11 +601,12 @@ class _AppReader:
 
     def _judge_alone(self) -> None:
         """Without a fly.toml that can be read: what should stand beside one, as far as it can be judged by itself."""
-        if not isinstance(self.table.raw("command"), Mapping):
-            read_command(self.table, "command")
+        nothing = read_fly_toml({}).app
+        if not isinstance(self.table.raw("command"), Mapping):  # one goes by process groups
+            self._commands(nothing)
         if not isinstance(self.table.raw("count"), Mapping):
-            self.table.integer("count", 0, 10_000)
-        self._env(read_fly_toml({}).app)
+            self._counts(nothing)
+        self._env(nothing)
 
     # --- which app it is
 

@@ -145,6 +145,7 @@ class Server:
         self._config_faults = faults
         self._reload_warnings: list[str] = []
         self._began = self._clock.unix()
+        self._node_began = _began(os.getppid())  # the supervisor, whatever controls it has had
         self._worker_starts = 0
         self._reloading = asyncio.Lock()
         self._ending: asyncio.Task[None] | None = None
@@ -460,7 +461,7 @@ class Server:
             "region": self._plan.region,
             "version": _version(),
             "ready": self.is_ready,
-            "uptime_s": round(_supervisor_age_s(), 3),
+            "uptime_s": round(time.clock_gettime(time.CLOCK_BOOTTIME) - self._node_began, 3),
             "control": {
                 "pid": os.getpid(), "incarnation": self._ctx.incarnation, "uptime_s": round(now - self._began, 3)
             },
@@ -605,11 +606,12 @@ def _write_text(path: str, text: str) -> None:
     os.replace(path + ".new", path)
 
 
-def _supervisor_age_s() -> float:
-    """For how long the node has been up, whatever controls it has had."""
-    stat = proc.read_stat(os.getppid())
-    ticks = stat.start_ticks if stat is not None else 0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+def _began(pid: int) -> float:
+    """When a process began, in seconds of CLOCK_BOOTTIME; one that has gone counts as of now."""
+    stat = proc.read_stat(pid)
+    if stat is None:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return stat.start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _version() -> str:

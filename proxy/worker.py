@@ -353,10 +353,8 @@ class Mailbox:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
     def open(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)  # of the worker before in this slot
         os.fchmod(self._sock.fileno(), 0o600)  # for the name that comes next
-        self._sock.bind(unix_address(self._run_dir, self._name))
+        _bind(self._sock, self._run_dir, self._name)
 
     def take(self, machine: Machine) -> tuple[int, socket.socket] | None:
         """The connection that goes with this record, and the internal port that it leads to."""
@@ -399,6 +397,12 @@ class Mailbox:
         self._sock.close()
 
 
+def _bind(sock: socket.socket, run_dir: str, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(run_dir, name))  # of the worker before in this slot
+    sock.bind(unix_address(run_dir, name))
+
+
 def _sockets(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:
     """The sockets among the descriptors that came; anything else is closed."""
     descriptors, found = array("i"), []
@@ -421,7 +425,7 @@ class Bells:
 
     def __init__(self, run_dir: str, slot: int) -> None:
         self._run_dir = run_dir
-        self._path = os.path.join(run_dir, f"bell-{slot}.sock")
+        self._name = f"bell-{slot}.sock"
         self._own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._addresses: dict[int, str] = {}
@@ -429,9 +433,7 @@ class Bells:
 
     def listen(self, loop: asyncio.AbstractEventLoop, on_bell: Callable[[], None]) -> None:
         self._on_bell = on_bell
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)  # of the worker before in this slot
-        self._own.bind(unix_address(self._run_dir, os.path.basename(self._path)))
+        _bind(self._own, self._run_dir, self._name)
         loop.add_reader(self._own.fileno(), self._rung)
 
     def ring(self, slot: int) -> None:

@@ -42,7 +42,7 @@ _VERSIONS_PER_EPOCH = 20  # bits
 _OTHER_PORTS_S = 2.0  # what the second and further ports of a machine get once the first one answers
 _DRAIN_POLL_S = 0.05
 _END_S = 2.0  # for the word how a machine ended
-_END_POLL_S = 0.005
+_NOT_STARTED = frozenset(MachineState) - {MachineState.STARTED}
 _GOODBYE_S = 1.0  # what tunnels get to end, once workers were told to end them
 _RECHECK_S = 1.0
 _FAILING_DRAIN_S = 5.0  # what a machine with failing checks gets to finish what it has, before its restart
@@ -333,10 +333,7 @@ class Fleet:
 
     async def _wake_again(self, machine: Owned, source: str) -> WakeResult:
         """It has ended, and the word how is on its way: who asks has met its closed port, and would again."""
-        limit = self._clock.monotonic() + _END_S
-        while machine.driver.has_ended(machine.id) and self._clock.monotonic() < limit:
-            await self._clock.sleep(_END_POLL_S)
-        if machine.state is MachineState.STARTED:
+        if not await self.wait_for(machine, _NOT_STARTED, _END_S):
             return WakeResult(machine.row.version)
         return await asyncio.shield(self.wake(machine.id, source))
 

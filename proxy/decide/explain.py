@@ -238,7 +238,7 @@ def _started(found: Explanation, app: App, asked: Asked) -> Explanation:
     """A machine is started for it: it waits for that, or is shown the waiting page."""
     fields = ("accept", "sec-fetch-mode", "sec-fetch-dest", "x-requested-with")
     accept, *others = ((asked.header(name) or "").encode("latin-1", "replace") for name in fields)
-    if app.wake_rules.waiting_page and asked.method == "GET" and wants_page(b"GET", accept, *others):
+    if app.wake_rules.waiting_page and wants_page(asked.method.encode("latin-1", "replace"), accept, *others):
         found.say("page", "a browser does not wait: it is shown the waiting page (503), which asks again")
         return found.end("page", "WM06")
     return found.end("wake")

@@ -7,6 +7,7 @@ holds up a request.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import sys
@@ -50,6 +51,7 @@ class Record(msgspec.Struct, omit_defaults=True):
     upgrade: bool = False
 
 
+_log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -87,6 +89,7 @@ class AccessLog:
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._writing: _Batch | None = None
         self._thread: threading.Thread | None = None
+        self._is_followed = True  # the file that is open bears the name
         self.is_on = bool(path)
         self.format_line = text_line if log_format == "text" else json_line
         if self.is_on:
@@ -164,8 +167,12 @@ class AccessLog:
                 if os.path.samestat(os.stat(self._path), os.fstat(fd)):
                     return fd
             new = self._open()
-        except OSError:
-            return fd  # what there is goes on being written where it was
+        except OSError as error:  # what there is goes on being written where it was
+            if self._is_followed:
+                _log.error("the access log %s was renamed, and no new one can be opened: %s", self._path, error)
+            self._is_followed = False
+            return fd
+        self._is_followed = True
         os.close(fd)
         return new
 

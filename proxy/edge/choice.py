@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from proxy.clock import monotonic_ns, unix
 from proxy.decide.balance import Asked, Preference, choose_machine, pick_named, wants_another
-from proxy.decide.retry import SAFE_METHODS
 from proxy.decide.wake import Held, choose_to_wake
 from proxy.edge.table import MachineView, ServiceView
 from proxy.edge.wake_rules import may_wake
@@ -194,11 +193,11 @@ def _send_ahead(exchange: Exchange, machine: MachineView) -> None:
 
     Only what may be sent twice: nobody knows yet how the machine has the connection, or whether it will be resumed.
     """
-    head, port = exchange.head, exchange.port
+    port = exchange.port
     assert port is not None
     service = port.service
-    may_be_repeated = head.length == 0 and head.method in SAFE_METHODS and head.upgrade is None
-    if not may_be_repeated or exchange.handover is not None or not may_go(exchange, service):
+    is_plain = exchange.may_be_sent_twice and exchange.head.upgrade is None and exchange.handover is None
+    if not is_plain or not may_go(exchange, service):
         return
     pool = machine.pools.get(service.internal_port)
     connection = pool.take_warm() if pool is not None else None

@@ -13,7 +13,7 @@ import asyncio
 import enum
 import socket
 from collections import deque
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast
 
 from proxy.decide.headers import (
     REQUEST_RULES,
@@ -65,13 +65,6 @@ class Transport(Protocol):
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
 
 
-@runtime_checkable
-class HasOptions(Protocol):
-    """uvloop's socket, as far as it is asked."""
-
-    def getsockopt(self, level: int, option: int, size: int) -> bytes: ...
-
-
 class Phase(enum.Enum):
     IDLE = "idle"
     HEAD = "head"
@@ -120,7 +113,7 @@ class HttpConnection(asyncio.Protocol):
         self._queue_paused = False
         self._broken: ProxyError | None = None
         self._eof = False  # the client sends no more
-        self._held_upgrade: list[bytes] | None = None
+        self._held_upgrade: bytearray | None = None
         self._tunnel: Tunnel | None = None
         self._out: list[bytes] = []
         self._phase = Phase.IDLE
@@ -219,7 +212,7 @@ class HttpConnection(asyncio.Protocol):
         self._set_deadline()
 
     def on_deadline(self) -> None:
-        if self._phase is Phase.HEAD:
+        if self._phase is Phase.HEAD and not self._queue:
             self._on_broken(ProxyError(Code.HEAD_TIMEOUT, detail="the request head did not arrive in time"))
         elif self._phase is Phase.EXCHANGE and not self._write_paused and self._exchange is not None:
             self._exchange.on_client_timeout()
@@ -277,9 +270,9 @@ class HttpConnection(asyncio.Protocol):
             self._linger(len(data))
             return
         if self._held_upgrade is None:
-            self._held_upgrade = []
-        self._held_upgrade.append(data)
-        if sum(map(len, self._held_upgrade)) > UPGRADE_HELD_BYTES and not self._queue_paused:
+            self._held_upgrade = bytearray()
+        self._held_upgrade += data
+        if len(self._held_upgrade) > UPGRADE_HELD_BYTES and not self._queue_paused:
             self._queue_paused = True
             self._gate.pause()
 
@@ -358,17 +351,14 @@ class HttpConnection(asyncio.Protocol):
 
     def has_left(self) -> bool:
         """Whether the client was asked, and has gone: then it is let go. Nothing is read any more that would tell."""
-        if not self._eof or self._transport.is_closing():
-            return self._eof
-        if self._tcp_state() != _TCP_CLOSE:
+        if not self._eof:
             return False
-        self._transport.abort()
+        if not self._transport.is_closing():
+            sock = cast(socket.socket, self._transport.get_extra_info("socket"))  # uvloop's, which has its methods
+            if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_CLOSE:
+                return False
+            self._transport.abort()
         return True
-
-    def _tcp_state(self) -> int:
-        sock = self._transport.get_extra_info("socket")
-        assert isinstance(sock, HasOptions)
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
     def send_interim(self, head: ResponseHead) -> None:
         self._out.append(interim_head(head))
@@ -490,16 +480,18 @@ class HttpConnection(asyncio.Protocol):
 
     def _linger(self, size: int) -> None:
         self._lingered += size
-        if self._lingered > LINGER_BYTES:
-            self._transport.abort()
+        if self._lingered > LINGER_BYTES and not self._gate.pauses:
+            self._gate.pause()  # a reset could destroy the answer; what is left of LINGER_S ends it
 
     def _next(self) -> None:
         """Serve the pipelined requests whose turn has come."""
         while self._queue and self._exchange is None and self._phase is not Phase.CLOSED and not self._write_paused:
             queued = self._queue.popleft()
             self._turn = True
-            self._serve(queued)
-            self._turn = False
+            try:
+                self._serve(queued)
+            finally:
+                self._turn = False
         if self._exchange is not None or self._phase in (Phase.CLOSED, Phase.LINGER):
             return
         if self._queue:  # the client takes nothing: it has this long
@@ -522,6 +514,7 @@ class HttpConnection(asyncio.Protocol):
             exchange.on_body(piece)
         if queued.ended:
             exchange.on_body_end(queued.trailers)
+        self._set_deadline()
 
     def abort(self, hard: bool) -> None:
         """The answer was broken off: end the connection so that the client sees it.
@@ -548,8 +541,8 @@ class HttpConnection(asyncio.Protocol):
         self._phase = Phase.TUNNEL
         self.deadline = NEVER
         held, self._held_upgrade = self._held_upgrade, None
-        for piece in held or ():
-            tunnel.from_client(piece)
+        if held:
+            tunnel.from_client(bytes(held))
         if self._eof:
             tunnel.client_eof()
         if self._queue_paused:
@@ -579,7 +572,8 @@ class HttpConnection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Take no further request: close now if idle, else after the answer under way."""
-        if self._exchange is None and self._phase in (Phase.IDLE, Phase.HEAD) and self._reader.is_between_requests:
+        is_idle = self._exchange is None and not self._queue and self._phase in (Phase.IDLE, Phase.HEAD)
+        if is_idle and self._reader.is_between_requests:
             self._close()
 
     def end_tunnel(self) -> None:

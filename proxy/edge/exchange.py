@@ -306,13 +306,18 @@ class Exchange:
             return False
         pool = machine.pools.get(service.internal_port) or pool_for(self.edge, machine, service, app)
         connection = pool.take()
-        if connection is None and self.wakes and self.head.length == 0 and self.head.method in SAFE_METHODS:
+        if connection is None and self.wakes and self.may_be_sent_twice:
             connection = pool.take_warm()
         if connection is None:
             self.connecting = pool.connect(self)
         else:
             self._send(connection)
         return True
+
+    @property
+    def may_be_sent_twice(self) -> bool:
+        """Whether it may go over a connection of which nobody knows how the machine has it."""
+        return self.head.length == 0 and self.head.method in SAFE_METHODS
 
     def _admit(self, machine: MachineView, hard_limit: int | None) -> bool:
         """Have it counted as one of the machine's. False: no place."""

@@ -227,8 +227,7 @@ class Handover:
         head.target, head.passed, head.listed_hops = self._original
         force = source if directive.fallback is Fallback.FORCE_SELF else None
         exchange.want = Preference(force, None if force else source)
-        exchange.gate = self._app.gate
-        exchange.aim(self._app, self._port)
+        self._go_back()
 
     def _leave_cache(self) -> None:
         """What the cache remembered can't be reached: forget it, and go the usual way."""
@@ -238,5 +237,9 @@ class Handover:
         self._found = self._directive = None
         exchange.extra = b""
         exchange.want = self._want
-        exchange.gate = self._app.gate
-        exchange.aim(self._app, self._port)
+        self._go_back()
+
+    def _go_back(self) -> None:
+        """To the app that handed it on, under that one's rules again."""
+        self._exchange.gate = self._app.gate
+        self._exchange.aim(self._app, self._port)

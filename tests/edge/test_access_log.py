@@ -232,3 +232,22 @@ async def test_a_log_whose_folder_has_gone_is_made_again(tmp_path: Path, dropped
     log.close()
     assert json.loads(path.read_text())["target"] == "/after"
     wheel.close()
+
+
+async def test_a_log_that_cannot_go_on_under_its_name_is_told_of_once_and_loses_no_line(
+    tmp_path: Path, dropped: Dropped, caplog: pytest.LogCaptureFixture
+) -> None:
+    wheel = Wheel(asyncio.get_running_loop())
+    path, moved = tmp_path / "access.log", tmp_path / "access.log.1"
+    log = AccessLog(str(path), "json", wheel, dropped)
+    path.rename(moved)
+    path.mkdir()
+    for at in range(3):
+        log.write(record(f"/{at}"))
+        log._flush_now()
+        while log._writing is not None and not log._writing.done:
+            await asyncio.sleep(0.005)
+    log.close()
+    assert [json.loads(line)["target"] for line in moved.read_text().splitlines()] == ["/0", "/1", "/2"]
+    assert dropped.lines == 0 and caplog.text.count("no new one can be opened") == 1
+    wheel.close()

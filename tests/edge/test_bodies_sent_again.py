@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
 
 import pytest
 
-from proxy.ipc import Wake
-from proxy.model import AppLimits, AppName, MachineState
+from proxy.model import AppLimits, MachineState
 from tests.edge.test_replay import FORCE_M1, ask, ok, replay
 from tests.support.edge import EdgeHarness, read_head
 
@@ -68,13 +66,7 @@ async def test_an_empty_body_in_chunks_is_ended_at_the_machine(edge: EdgeHarness
     state = MachineState.STOPPED if where == "woken" else MachineState.STARTED
     second = edge.machine(two.port, "m2", state, slot=2)
     edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), second))
-
-    def start(message: object) -> None:
-        if isinstance(message, Wake):
-            started = dataclasses.replace(second, state=MachineState.STARTED, version=2)
-            asyncio.get_running_loop().call_soon(edge.edge.table.set_machine, AppName("hello"), started)
-
-    edge.sent.on_send = start
+    edge.start_when_asked(second)
     force = FORCE_M1 if where == "replayed" else b"fly-force-instance-id: m2\r\n"
     if where == "kept":
         assert (await ask(edge, force))[0] == 200

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.ipc import Wake
-from proxy.model import App, AppLimits, AppName, Balance, Machine, MachineState, WakeRules
+from proxy.model import App, AppLimits, AppName, Balance, MachineState, WakeRules
 from tests.support.edge import EdgeHarness, read_head
 
 STOPPED, SUSPENDED = MachineState.STOPPED, MachineState.SUSPENDED
@@ -61,7 +61,7 @@ async def test_a_forced_machine_that_sleeps_is_woken(edge: EdgeHarness) -> None:
     one, two = await _origin(edge, b"one"), await _origin(edge, b"two")
     sleeping = edge.machine(two, "m2", STOPPED, slot=2)
     edge.set_app(edge.app(edge.machine(one, "m1", slot=1), sleeping))
-    edge.sent.on_send = lambda message: _start(edge, message, sleeping)
+    edge.start_when_asked(sleeping)
     assert await _ask(edge, b"fly-force-instance-id: m2\r\n") == (200, b"two")
 
 
@@ -72,12 +72,6 @@ async def test_naming_a_machine_does_not_get_round_the_rules_of_who_wakes(edge: 
     status, body = await _ask(edge, b"fly-force-instance-id: m1\r\nUser-Agent: a-bot/1\r\n")
     assert status == 503 and body.startswith(b"WM04")
     assert not any(isinstance(message, Wake) for message in edge.sent.messages)
-
-
-def _start(edge: EdgeHarness, message: object, machine: Machine) -> None:
-    if isinstance(message, Wake) and message.machine == machine.id:
-        started = dataclasses.replace(machine, state=MachineState.STARTED, version=machine.version + 1)
-        asyncio.get_running_loop().call_soon(edge.edge.table.set_machine, AppName("hello"), started)
 
 
 async def test_a_preferred_machine_is_taken_where_it_can_and_its_absence_is_told(edge: EdgeHarness) -> None:

@@ -139,15 +139,9 @@ async def test_a_suspended_target_of_another_app_is_resumed_and_waited_for(edge:
     edge.set_app(app_of(edge, [router]))
     sleeping = edge.machine(tenant.port, "t1", MachineState.SUSPENDED, slot=7)
     edge.set_app(edge.app(sleeping, name="tenant", slot=1))
-
-    def start(message: object) -> None:
-        if isinstance(message, Wake):
-            assert message.machine == "t1"
-            started = dataclasses.replace(sleeping, state=MachineState.STARTED, version=2)
-            asyncio.get_running_loop().call_soon(edge.edge.table.set_machine, AppName("tenant"), started)
-
-    edge.sent.on_send = start
+    edge.start_when_asked(sleeping, "tenant")
     assert (await ask(edge))[2] == b"tenant"
+    assert edge.woken == {"t1"}
 
 
 async def test_the_header_form_has_no_transforms(edge: EdgeHarness) -> None:

@@ -192,13 +192,7 @@ async def test_a_stopped_target_is_woken(edge: EdgeHarness) -> None:
     one, two = await run(edge, lambda h, b: replay("instance=m2"), lambda h, b: ok(b"two"))
     sleeping = edge.machine(two.port, "m2", MachineState.STOPPED, slot=2)
     edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), sleeping))
-
-    def start(message: object) -> None:
-        if isinstance(message, Wake):
-            started = dataclasses.replace(sleeping, state=MachineState.STARTED, version=2)
-            asyncio.get_running_loop().call_soon(edge.edge.table.set_machine, AppName("hello"), started)
-
-    edge.sent.on_send = start
+    edge.start_when_asked(sleeping)
     assert await ask(edge, FORCE_M1) == (200, b"two")
 
 
@@ -401,15 +395,9 @@ async def test_elsewhere_wakes_the_one_that_sleeps_where_all_others_do(edge: Edg
     one, two = await run(edge, lambda h, b: replay("elsewhere=true"), lambda h, b: ok(b"two"))
     sleeping = edge.machine(two.port, "m2", MachineState.STOPPED, slot=2)
     edge.set_app(edge.app(edge.machine(one.port, "m1", slot=1), sleeping))
-
-    def start(message: object) -> None:
-        assert not isinstance(message, Wake) or message.machine == "m2"
-        if isinstance(message, Wake):
-            started = dataclasses.replace(sleeping, state=MachineState.STARTED, version=2)
-            asyncio.get_running_loop().call_soon(edge.edge.table.set_machine, AppName("hello"), started)
-
-    edge.sent.on_send = start
+    edge.start_when_asked(sleeping)
     assert await ask(edge, FORCE_M1) == (200, b"two")
+    assert edge.woken == {"m2"}
 
 
 async def test_elsewhere_where_there_is_no_other_is_told_at_once(edge: EdgeHarness) -> None:

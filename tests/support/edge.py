@@ -7,6 +7,7 @@ and come out, so that tests assert what a peer sees.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 from proxy.edge.context import EdgeContext
 from proxy.edge.listener import Gate, Listener
-from proxy.ipc import PROTOCOL, Message, Settings
+from proxy.ipc import PROTOCOL, Message, Settings, Wake
 from proxy.model import (
     App,
     AppLimits,
@@ -187,6 +188,21 @@ class EdgeHarness:
 
     def set_app(self, app: App) -> None:
         self.edge.table.set_app(app)
+
+    def start_when_asked(self, machine: Machine, app: str = "hello") -> None:
+        """Be control towards a machine that does not run: a wake of it has it told started in the next turn."""
+
+        def hear(message: Message) -> None:
+            if isinstance(message, Wake) and message.machine == machine.id:
+                started = dataclasses.replace(machine, state=MachineState.STARTED, version=machine.version + 1)
+                asyncio.get_running_loop().call_soon(self.edge.table.set_machine, AppName(app), started)
+
+        self.sent.on_send = hear
+
+    @property
+    def woken(self) -> set[MachineId]:
+        """The machines that control was asked to start."""
+        return {message.machine for message in self.sent.messages if isinstance(message, Wake)}
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
