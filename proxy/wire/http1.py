@@ -330,8 +330,8 @@ class RequestReader:
 
     @property
     def is_between_requests(self) -> bool:
-        """Whether nothing of a next request has arrived yet."""
-        return self._in_head and not self._head_bytes and not self._upgraded
+        """Whether nothing of a next request has arrived yet, or too little to have a target."""
+        return self._in_head and not self._head_bytes and not self._target and not self._upgraded
 
     @property
     def awaits_body(self) -> bool:
