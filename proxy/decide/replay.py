@@ -152,7 +152,7 @@ def _read_timeout(value: bytes) -> float:
     """`10s`, `800ms`, `1m30s`. A bare number is milliseconds: the one seen in use, 1500, makes no sense in seconds."""
     usual = _USUAL_TIMEOUT(value)
     if usual is not None:
-        ms: float = int(usual[1]) * _UNIT_MS[usual[2] or b""]
+        ms = float(usual[1]) * _UNIT_MS[usual[2] or b""]
     elif _TIMEOUT(value):
         ms = sum(float(number) * _UNIT_MS[unit] for number, unit in _TIMEOUT_PART.findall(value))
     else:

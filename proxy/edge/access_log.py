@@ -88,16 +88,16 @@ class AccessLog:
         self._waiting = False
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._writing: _Batch | None = None
-        self._thread: threading.Thread | None = None
+        self._writer: threading.Thread | None = None
         self._is_followed = True  # the file that is open bears the name
         self.is_on = bool(path)
         self.format_line = text_line if log_format == "text" else json_line
         if self.is_on:
             # a daemon: a write that never returns must not keep the process
-            self._thread = threading.Thread(
+            self._writer = threading.Thread(
                 target=self._write_all, args=(self._open(),), name="access-log", daemon=True
             )
-            self._thread.start()
+            self._writer.start()
 
     def _open(self) -> int:
         if self._path == "-":
@@ -133,7 +133,7 @@ class AccessLog:
             if not self._writing.done:
                 return False
             self._account()
-        if self._lines and self._thread is not None:
+        if self._lines and self._writer is not None:
             self._writing = _Batch(self._lines)
             self._lines, self._held = [], 0
             self._batches.put(self._writing)
@@ -179,7 +179,7 @@ class AccessLog:
     def close(self) -> None:
         """Write the rest and stop. What a file does not take within CLOSE_S is lost, and counted."""
         self.is_on = False
-        thread, self._thread = self._thread, None
+        thread, self._writer = self._writer, None
         if thread is None:
             return
         rest = _Batch(self._lines)

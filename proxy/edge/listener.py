@@ -129,7 +129,7 @@ class Listener:
     def tls(self) -> TlsConnection:
         assert self._acceptor is not None
         self._gate.enter()
-        return _CountedTls(self._acceptor, self._gate)
+        return self._acceptor()
 
     def on_closed(self) -> None:
         """A connection that had come as far as HTTP has ended."""
@@ -172,24 +172,12 @@ class Listener:
         if resumed:
             edge.count(W_TLS_RESUMED)
 
+    def on_unfinished(self) -> None:
+        self._gate.leave()
+
     def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         self._edge.count(W_TLS_ERRORS)
         self._edge.log_failed_tls(plain_ip(peer), self.public_port, server_name, code, detail)
-
-
-class _CountedTls(TlsConnection):
-    """A TLS connection that counts against the gate until HTTP takes the count over."""
-
-    __slots__ = ("_gate",)
-
-    def __init__(self, acceptor: TlsAcceptor, gate: Gate) -> None:
-        super().__init__(acceptor)
-        self._gate = gate
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        # called only while the handshake is not over: afterwards the transport's protocol is another
-        self._gate.leave()
-        super().connection_lost(exc)
 
 
 class _Refused(asyncio.Protocol):

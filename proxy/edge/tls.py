@@ -89,6 +89,9 @@ class TlsEvents(Protocol):
     def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         """A handshake or connection failed. `peer` is the transport's peername."""
 
+    def on_unfinished(self) -> None:
+        """A connection has ended whose handshake was never over."""
+
 
 OnHello = Callable[[ClientHello, Any], None]
 
@@ -268,8 +271,6 @@ class TlsConnection(asyncio.Protocol):
         transport = TlsTransport(acceptor, self._outer, tls, self._incoming, self._outgoing, hello)
         inner = acceptor.inner_factory(transport, hello)
         self._outer.set_protocol(transport)
-        # A wheel may keep the cancelled timer, and so this object, for the whole timeout: it must weigh nothing.
-        del self._object, self._incoming, self._outgoing, self._outer
         transport.start(inner, bytes(rest))
 
     def _on_timeout(self) -> None:
@@ -309,7 +310,9 @@ class TlsConnection(asyncio.Protocol):
         self._lost(Code.TLS_CANCELLED, "the client left during the handshake")
 
     def connection_lost(self, exc: Exception | None) -> None:
+        # called only while the handshake is not over: afterwards the outer transport's protocol is another
         self._timer.cancel()
+        self._acceptor.events.on_unfinished()
         self._lost(Code.TLS_IO, str(exc) if exc is not None else "closed")
 
     def _lost(self, code: Code, detail: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 import select
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from proxy.edge.tls import TlsTransport
+from proxy.edge.tls import TlsConnection, TlsTransport
 from proxy.errors import Code, ProxyError
 from proxy.tickets import new_base_context
 from tests.support.tls import NAME, Echo, Server, make_authority, serve
@@ -250,6 +251,26 @@ async def test_a_silent_connection_ends_with_the_handshake_timeout(tmp_path: Pat
             await asyncio.wait_for(reader.readexactly(1), 5)
         assert server.events.codes == [Code.TLS_TIMEOUT]
         writer.close()
+
+
+async def test_after_its_handshake_a_connection_keeps_nothing_of_it(tmp_path: Path) -> None:
+    def count() -> int:
+        return sum(isinstance(one, TlsConnection) for one in gc.get_objects())
+
+    async with serve(tmp_path) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            before = count()  # other tests' own
+            reader, writer = await server.connect()
+            writer.write(b"x")
+            await reader.readexactly(1)
+            assert count() == before
+        finally:
+            gc.enable()
+        writer.close()
+        await writer.wait_closed()
+        assert not server.events.unfinished
 
 
 async def test_a_port_scan_is_no_error(tmp_path: Path) -> None:
@@ -578,6 +599,8 @@ async def test_a_client_that_leaves_while_it_waits_is_forgotten(tmp_path: Path) 
         await asyncio.wait_for(server.events.error_came.wait(), 5)
         assert server.events.codes == [Code.TLS_CANCELLED]
         assert server.certificates.waiting == 0
+        while not server.events.unfinished:
+            await asyncio.sleep(0.001)
 
 
 async def test_a_refused_name_gets_an_alert_and_is_not_asked_for_again_at_once(tmp_path: Path) -> None:

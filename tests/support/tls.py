@@ -29,6 +29,7 @@ class Events:
         self.handshakes: list[tuple[str, bool, float]] = []
         self.errors: list[tuple[Code, str | None, str]] = []
         self.error_came = asyncio.Event()
+        self.unfinished = 0
 
     def on_handshake(self, version: str, resumed: bool, seconds: float) -> None:
         self.handshakes.append((version, resumed, seconds))
@@ -36,6 +37,9 @@ class Events:
     def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         self.errors.append((code, server_name, detail))
         self.error_came.set()
+
+    def on_unfinished(self) -> None:
+        self.unfinished += 1
 
     @property
     def codes(self) -> list[Code]:
@@ -137,6 +141,7 @@ async def serve(
     def make_inner(transport: TlsTransport, hello: ClientHello) -> asyncio.Protocol:
         made = inner()
         server.inners.append(made)
+        connections[:] = [one for one in connections if one._outer is not transport._outer]
         return made
 
     def hear(hello: ClientHello, peer: Any) -> None:
@@ -147,7 +152,7 @@ async def serve(
 
     certificates = Certificates(reader, lambda name: server.asked.append(name), time.monotonic)
     acceptor = TlsAcceptor(new_base_context(), certificates, make_inner, hear, loop, events, **settings)
-    connections: list[TlsConnection] = []
+    connections: list[TlsConnection] = []  # whose handshake is not over
 
     def accept() -> TlsConnection:
         connections.append(acceptor())
@@ -164,8 +169,7 @@ async def serve(
     finally:
         listening.close()
         for connection in connections:
-            if hasattr(connection, "_outer"):  # else handed over
-                connection._outer.abort()
+            connection._outer.abort()
         for one in server.inners:
             one.transport.abort()
             await one.lost

@@ -41,6 +41,9 @@ class NoEvents:
     def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         pass
 
+    def on_unfinished(self) -> None:
+        pass
+
 
 class Echo(asyncio.Protocol):
     """As small as can be: what is measured is the TLS layer."""
