@@ -23,7 +23,7 @@ from proxy.decide.balance import choose_machine
 from proxy.decide.ewma import MachineScores, parse_load
 from proxy.decide.replay import _parse, parse_header
 from proxy.decide.ulid import UlidMaker
-from proxy.edge.access_log import Record, json_line, text_line
+from proxy.edge.access_record import Record, json_line, text_line
 from proxy.model import Balance
 from proxy.state import SharedMemory
 from proxy.wire.client_hello import HelloReader

@@ -14,10 +14,8 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 
-import msgspec
-
+from proxy.edge.access_record import Record, json_line, text_line
 from proxy.edge.timers import Wheel
 
 FLUSH_S = 0.2
@@ -26,54 +24,7 @@ CLOSE_S = 0.5
 MAX_HELD_BYTES = 8 * 1024 * 1024
 
 
-class Record(msgspec.Struct, omit_defaults=True):
-    """One request. Times are milliseconds from the head's arrival; bytes are bodies without framing."""
-
-    time: float  # unix seconds when the head had arrived
-    app: str
-    client: str
-    method: str
-    host: str
-    target: str
-    status: int
-    duration_ms: float
-    bytes_in: int
-    bytes_out: int
-    request_id: str
-    port: int
-    tls: bool = False
-    machine: str = ""
-    first_byte_ms: float = 0.0
-    wake_ms: float = 0.0
-    attempts: int = 0
-    code: str = ""
-    detail: str = ""
-    upgrade: bool = False
-
-
 _log = logging.getLogger(__name__)
-_encode = msgspec.json.Encoder().encode
-
-
-def json_line(record: Record) -> bytes:
-    return _encode(record) + b"\n"
-
-
-def _printable(text: str) -> str:
-    """As it can stand within quotes on one line; `-` for nothing."""
-    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
-        return text or "-"
-    return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
-
-
-def text_line(record: Record) -> bytes:
-    """Combined-log-like: client, time, request line, status, bytes, duration, app and machine, request id, code."""
-    when = datetime.fromtimestamp(record.time, UTC).strftime("%d/%b/%Y:%H:%M:%S +0000")
-    return (
-        f'{record.client or "-"} [{when}] "{record.method or "-"} {_printable(record.target)}" {record.host or "-"}'
-        f" {record.status} {record.bytes_out} {record.duration_ms:.3f}ms {record.app or '-'}/{record.machine or '-'}"
-        f" {record.request_id or '-'} {record.code or '-'}\n"
-    ).encode()
 
 
 class AccessLog:

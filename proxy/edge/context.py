@@ -14,7 +14,8 @@ from proxy.clock import unix
 from proxy.decide.ewma import MachineScores
 from proxy.decide.replay_cache import ReplayCache
 from proxy.decide.ulid import TraceMaker, UlidMaker
-from proxy.edge.access_log import AccessLog, Record
+from proxy.edge.access_log import AccessLog
+from proxy.edge.access_record import Record
 from proxy.edge.body import BodyBudget
 from proxy.edge.queue import Queue, Ring
 from proxy.edge.table import Table

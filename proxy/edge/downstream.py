@@ -237,9 +237,10 @@ class HttpConnection(asyncio.Protocol):
     def _start(self, head: RequestHead) -> None:
         self._phase = Phase.EXCHANGE
         self.deadline = NEVER
-        exchange = self._exchange = Exchange(self._edge, self, head)
+        exchange = Exchange(self._edge, self, head)
+        self._exchange = exchange
         exchange.run()
-        if head.length and self._exchange is exchange:
+        if head.length and not exchange.ended:
             self._set_deadline()
         if self._app_cells < 0 and exchange.app is not None:
             self._app_cells = exchange.app.cells

@@ -24,7 +24,7 @@ from proxy.decide.replay import Directive
 from proxy.decide.replay_key import SessionKey
 from proxy.decide.retry import SAFE_METHODS, Step, next_step
 from proxy.edge.access import AccessGate
-from proxy.edge.access_log import Record
+from proxy.edge.access_record import Record
 from proxy.edge.body import KeptBody, Replayed
 from proxy.edge.choice import may_go, pick, wake
 from proxy.edge.error_page import error_page

@@ -348,7 +348,8 @@ class RequestReader:
 
         Raises ProxyError (source downstream) with the code that says what was wrong.
         """
-        if self._upgraded:
+        is_upgraded = self._upgraded
+        if is_upgraded:
             self._sink.on_upgrade_bytes(data)
             return
         if self._remaining:
@@ -660,7 +661,8 @@ class ResponseReader:
 
         Raises ProxyError(RESPONSE_INVALID, upstream) for anything that is not one HTTP/1 response after another.
         """
-        if self._upgraded:
+        is_upgraded = self._upgraded
+        if is_upgraded:
             self.sink.on_upgrade_bytes(data)
             return
         if self._remaining:

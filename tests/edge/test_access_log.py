@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from proxy.edge import access_log
-from proxy.edge.access_log import AccessLog, Record, json_line, text_line
+from proxy.edge.access_log import AccessLog
+from proxy.edge.access_record import Record, json_line, text_line
 from proxy.edge.timers import Wheel
 from proxy.state import W_LOG_DROPPED
 from tests.support.edge import EdgeHarness, answers

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from proxy.edge.table import Table
 from proxy.model import App, AppName, Endpoint, Machine, MachineId, MachineState, Port, RegionCode, Service
+from tests.support.edge import EdgeHarness, answers
 
 STARTED, STOPPED = MachineState.STARTED, MachineState.STOPPED
-
-
-class Pool:
-    """Stands where connections are kept."""
-
-    def __init__(self) -> None:
-        self.closed = False
-
-    def close(self) -> None:
-        self.closed = True
+GET = b"GET / HTTP/1.1\r\nHost: hello.apps.test\r\nFly-Force-Instance-Id: %b\r\n\r\n"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 def machine(
@@ -79,30 +73,39 @@ def test_records_of_unknown_apps_and_machines_are_passed_over(table: Table, hear
     assert running(table) == ["m1"] and heard.changed == [("m1", 1)]
 
 
-def test_an_app_replaced_keeps_its_machines_and_their_connections(table: Table, heard: Heard) -> None:
+def test_an_app_replaced_keeps_its_machines(table: Table, heard: Heard) -> None:
     table.set_app(app(machine("m1"), machine("m2")))
-    kept, dropped = Pool(), Pool()
     machines = table.apps[AppName("web")].machines
-    machines[MachineId("m1")].pools[8080] = kept  # type: ignore[assignment]  # of a pool the table uses close only
-    machines[MachineId("m2")].pools[8080] = dropped  # type: ignore[assignment]
     table.set_app(app(machine("m1"), machine("m3"), hosts=("www.test",)))
     assert table.apps[AppName("web")].machines[MachineId("m1")] is machines[MachineId("m1")]
-    assert (kept.closed, dropped.closed) == (False, True)
     assert heard.gone == ["m2"] and running(table) == ["m1", "m3"]
     assert table.hosts["www.test"] is table.hosts["web.test"] is table.apps[AppName("web")]
 
 
+async def test_an_app_replaced_keeps_the_connections_to_its_machines(edge: EdgeHarness) -> None:
+    kept, dropped = await edge.origin(answers(OK)), await edge.origin(answers(OK))
+    stays = edge.machine(kept.port, "m1")
+    edge.set_app(edge.app(stays, edge.machine(dropped.port, "m2", slot=2)))
+    for name in (b"m1", b"m2"):
+        assert (await edge.request(GET % name)).endswith(b"ok")
+    assert kept.open_connections == dropped.open_connections == 1
+    edge.set_app(edge.app(stays))
+    await dropped.all_closed()
+    assert (await edge.request(GET % b"m1")).endswith(b"ok") and kept.connections == 1
+
+
 @pytest.mark.parametrize(
-    "new",
-    [machine(version=2, port=9001), machine(version=2, state=STOPPED), machine(version=2, netns_pid=7)],
-    ids=["moved", "stopped", "another namespace"],
+    "change", [{"endpoints": ()}, {"state": STOPPED}, {"netns_pid": 7}], ids=["moved", "stopped", "another namespace"]
 )
-def test_connections_to_where_a_machine_no_longer_is_are_closed(table: Table, new: Machine) -> None:
-    table.set_app(app(machine()))
-    pool = Pool()
-    table.apps[AppName("web")].machines[MachineId("m1")].pools[8080] = pool  # type: ignore[assignment]
-    table.set_machine(AppName("web"), new)
-    assert pool.closed and not table.apps[AppName("web")].machines[MachineId("m1")].pools
+async def test_connections_to_where_a_machine_no_longer_is_are_closed(
+    edge: EdgeHarness, change: dict[str, Any]
+) -> None:
+    origin = await edge.origin(answers(OK))
+    machine = edge.machine(origin.port)
+    edge.set_app(edge.app(machine))
+    assert (await edge.request(GET % b"m1")).endswith(b"ok") and origin.open_connections == 1
+    edge.edge.table.set_machine(AppName("hello"), dataclasses.replace(machine, version=2, **change))
+    await origin.all_closed()
 
 
 def test_a_host_that_moves_to_another_app_stays_there(table: Table) -> None:
@@ -145,17 +148,6 @@ def test_who_waits_hears_of_a_cordon_that_is_lifted(table: Table, heard: Heard) 
     assert heard.changed == [("m1", 1)]
     table.soft_cordon(AppName("web"), MachineId("m1"), False)
     assert heard.changed == [("m1", 1), ("m1", 1)] and running(table) == ["m1"]
-
-
-def test_the_same_record_again_closes_no_connection_that_waits_for_a_suspended_machine(table: Table) -> None:
-    asleep = machine(state=MachineState.SUSPENDED)
-    table.set_app(app(asleep))
-    pool = Pool()
-    table.apps[AppName("web")].machines[MachineId("m1")].pools[8080] = pool  # type: ignore[assignment]
-    table.start_load()
-    table.set_app(app(asleep))
-    table.end_load()
-    assert not pool.closed
 
 
 def test_only_machines_of_the_services_groups_that_have_its_port_take_its_requests(table: Table) -> None:

@@ -53,6 +53,16 @@ async def test_the_first_request_after_a_resume_goes_over_the_connection_that_wa
     assert origin.connections == 1
 
 
+async def test_the_same_record_again_closes_no_connection_that_waits(edge: EdgeHarness) -> None:
+    origin, machine = await frozen(edge)
+    await until_connected(origin)
+    edge.edge.table.start_load()
+    edge.set_app(edge.app(machine))
+    edge.edge.table.end_load()
+    assert (await ask(edge)).endswith(b"ok")
+    assert origin.connections == 1
+
+
 async def test_a_request_lies_in_the_machines_socket_before_it_is_resumed(edge: EdgeHarness) -> None:
     origin, machine = await frozen(edge)
     edge.sent.on_send = None

@@ -76,6 +76,15 @@ class Origin:
             with suppress(ConnectionError):
                 await writer.wait_closed()
 
+    @property
+    def open_connections(self) -> int:
+        return len(self._tasks)
+
+    async def all_closed(self) -> None:
+        async with asyncio.timeout(5):
+            while self._tasks:
+                await asyncio.sleep(0.001)
+
     async def stop(self) -> None:
         if self._server is not None:
             self._server.close()
