@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.processes import HERE, ROOT
+from proxy import compiled
 
 
 def git(*arguments: str) -> str:
@@ -37,6 +38,7 @@ def facts(command: Sequence[str]) -> dict[str, Any]:
         "memory_kib": int(memory[0]) if memory else 0,
         "kernel": platform.release(),
         "python": sys.version.split()[0],
+        "hot_path": compiled.describe(),
         "openssl": ssl.OPENSSL_VERSION,
         "load_average_at_start": os.getloadavg(),
     }
@@ -86,7 +88,7 @@ def facts_text(known: dict[str, Any]) -> str:
     changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
     return (
         f"Commit {known['commit']}{changed}, {known['date']}. {known['cores']} cores of {known['processor']}, "
-        f"{known['memory_kib'] // 1048576} GiB, Linux {known['kernel']}, Python {known['python']}, "
-        f"{known['openssl']}.\n\n"
+        f"{known['memory_kib'] // 1048576} GiB, Linux {known['kernel']}, Python {known['python']} "
+        f"({known['hot_path']}), {known['openssl']}.\n\n"
         f"Command: `{known['command']}`\n"
     )

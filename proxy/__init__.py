@@ -16,3 +16,7 @@ What a worker knows came from control (`server`, `control`) as messages (`ipc`):
 (`config`, `wire.fly_toml`), owns the machines (`control.machines` over `machines`), probes what it started, stops what
 is idle (`decide.autostop`), and answers the operator (`control.api`, `cli`).
 """
+
+from proxy import compiled
+
+compiled.install()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from proxy import compiled
 from proxy.cli.failure import USAGE, CliError
 from proxy.cli.node import config_path, is_file
 from proxy.cli.output import print_json, say
@@ -69,6 +70,7 @@ def _facts(config: NodeConfig, serve_plan: ServePlan) -> dict[str, Any]:
         "admin": _admin(config),
         "data_dir": config.node.data_dir,
         "workers": serve_plan.workers,
+        "compiled": compiled.is_in_use,
         "apps": [{"name": app.name, "urls": urls(app, serve_plan)} for app in config.apps],
     }
 
@@ -84,6 +86,8 @@ def _announcement(config: NodeConfig, serve_plan: ServePlan, path: Path, warning
         f"  admin   http://{_admin(config)}  (token in {config.node.data_dir}/admin.token)",
         f"  root    wakefront certs ca --config {path} > ca.pem",
     ]
+    if not compiled.is_in_use:
+        lines.append(f"  code    {compiled.describe()}")
     width = max((len(app.name) for app in config.apps), default=0)
     lines += [f"  app     {app.name:{width}}  {'  '.join(urls(app, serve_plan))}" for app in config.apps]
     if not config.apps:

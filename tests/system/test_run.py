@@ -142,7 +142,7 @@ def test_check_runs_every_step_and_fails_if_one_did(clone: Path) -> None:
 
 
 def test_an_unknown_command_is_refused_and_help_names_all(clone: Path) -> None:
-    assert _run(clone, "tset") == (2, "run: unknown command 'tset'; there are: demo, test, check, bench\n")
+    assert _run(clone, "tset") == (2, "run: unknown command 'tset'; there are: demo, test, check, bench, compile\n")
     status, output = _run(clone)
     assert status == 0
     assert all(f"./run {command}" in output for command in ("demo", "test", "check", "bench"))
