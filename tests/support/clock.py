@@ -45,7 +45,7 @@ class FakeClock:
     async def advance(self, seconds: float) -> None:
         """Move on, waking each sleeper at its moment and letting it run before the next one."""
         end = self._monotonic + seconds
-        await settle()
+        await settle(kernel_s=0.001)
         while self._sleepers and self._sleepers[0][0] <= end:
             moment, _, woken = heapq.heappop(self._sleepers)
             self._monotonic = max(self._monotonic, moment)
@@ -53,7 +53,7 @@ class FakeClock:
                 woken.set_result(None)
                 await settle()
         self._monotonic = end
-        await settle()
+        await settle(kernel_s=0.001)
 
 
 class FakeAlarm:
@@ -74,7 +74,11 @@ class FakeAlarm:
             self._woken.cancel()
 
 
-async def settle(turns: int = 20) -> None:
-    """Let everything that can run without time passing run."""
+async def settle(turns: int = 20, kernel_s: float = 0.0) -> None:
+    """Let everything that can run without time passing run; sockets and disks are real, and get a moment too."""
     for _ in range(turns):
         await asyncio.sleep(0)
+    if kernel_s:
+        await asyncio.sleep(kernel_s)
+        for _ in range(turns):
+            await asyncio.sleep(0)
