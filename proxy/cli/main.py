@@ -177,7 +177,7 @@ def check(
 
 @app.command()
 def compile(json: Json = False) -> None:
-    """Make C of the modules that every request passes through: a request costs a quarter less. Once per installation."""
+    """Make C of the modules that every request passes through: a request costs a quarter less. Needed once."""
     from proxy.cli.compile import compile_modules
 
     compile_modules(json)

@@ -104,7 +104,7 @@ class _Probe:
         if code == errno.EALREADY:
             self._pending = True
             asyncio.get_running_loop().add_writer(sock, self._end_attempt)
-            self._alarm.set(ATTEMPT_S)
+            self._alarm.set(min(ATTEMPT_S, max(0.0, self._deadline - self._clock.monotonic())))
         else:
             self._judge(sock, code)
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.control.machines import Owned, Refused
+from proxy.control.prober import ATTEMPT_S
 from proxy.errors import Code
 from proxy.machines.driver import Exit, MachineSpec, Running
 from proxy.model import Autostop, Check, MachineState, RestartPolicy
@@ -703,7 +704,9 @@ async def test_a_machine_that_ended_without_control_is_recorded_and_started_agai
         await settle()
         assert again.row.exit_code == 7
         after.listen(again)
-        await after.clock.advance(0.1)
+        await after.clock.advance(
+            ATTEMPT_S + 0.1
+        )  # a handshake of the kernel's may be lost, and only that be tried again
         assert again.state is MachineState.STARTED and after.starts(again) == 1
     finally:
         await after.close()

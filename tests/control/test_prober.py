@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 
 from proxy.clock import monotonic
 from proxy.control.fine_timer import FineClock
@@ -137,29 +139,42 @@ async def test_a_connection_to_itself_is_a_failure() -> None:
     assert all(one.fileno() == -1 for one in made)
 
 
-async def test_an_attempt_that_nobody_answers_is_given_up_after_a_quarter_second() -> None:
+@pytest_asyncio.fixture
+async def unanswering() -> AsyncIterator[Endpoint]:
+    """An endpoint whose backlog is full: further SYNs are dropped."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
-        address = server.getsockname()
         fillers = []
-        for _ in range(4):  # fill the backlog: further SYNs are dropped
+        for _ in range(4):
             filler = socket.socket()
             filler.setblocking(False)
-            filler.connect_ex(address)
+            filler.connect_ex(server.getsockname())
             fillers.append(filler)
         await settle()
-        clock = FakeClock()
-        attempts = Attempts(clock)
-        waiting = wait_until_listening(Endpoint(80, *address), 0, 1000.4, clock, attempts)
-        probe = asyncio.get_running_loop().create_task(waiting, name="probe")
-        await clock.advance(0.24)
-        assert len(attempts.made) == 1
-        await clock.advance(0.02)
-        assert len(attempts.made) == 2  # one that got no answer is no use for the next attempt
-        await clock.advance(0.5)
-        assert await probe is False
-        assert all(one.fileno() == -1 for one in attempts.made)
+        yield Endpoint(80, *server.getsockname())
         for filler in fillers:
             filler.close()
+
+
+async def test_an_attempt_that_nobody_answers_is_given_up_after_a_quarter_second(unanswering: Endpoint) -> None:
+    clock = FakeClock()
+    attempts = Attempts(clock)
+    waiting = wait_until_listening(unanswering, 0, 1000.4, clock, attempts)
+    probe = asyncio.get_running_loop().create_task(waiting, name="probe")
+    await clock.advance(0.24)
+    assert len(attempts.made) == 1
+    await clock.advance(0.02)
+    assert len(attempts.made) == 2  # one that got no answer is no use for the next attempt
+    await clock.advance(0.5)
+    assert await probe is False
+    assert all(one.fileno() == -1 for one in attempts.made)
+
+
+async def test_an_attempt_that_nobody_answers_does_not_outlast_the_deadline(unanswering: Endpoint) -> None:
+    clock = FakeClock()
+    waiting = wait_until_listening(unanswering, 0, 1000.1, clock, plain_socket)
+    probe = asyncio.get_running_loop().create_task(waiting, name="probe")
+    await clock.advance(0.11)
+    assert probe.done() and probe.result() is False
 
 
 async def test_an_attempt_under_way_ends_as_soon_as_it_is_answered() -> None:
