@@ -1,8 +1,9 @@
 """The hot modules as C, where `wakefront compile` has made it: which they are, and where the import finds them.
 
-A compiled set lies in a folder whose name is the digest of the sources it was made from. A source that has changed
-since has no set, and everything runs as plain Python until it is compiled again: what runs is always what the sources
-say. WAKEFRONT_PURE=1 has the plain modules run anyway. Whether compiled or not, tests and behaviour are the same.
+A compiled set lies in a folder whose name is the digest of the sources it was made from: of those compiled, and of all
+whose types they may know. A source that has changed since has no set, and everything runs as plain Python until it is
+compiled again: what runs is always what the sources say. WAKEFRONT_PURE=1 has the plain modules run anyway. Whether
+compiled or not, tests and behaviour are the same.
 
 Every process runs this first, the supervisor too: the standard library alone.
 """
@@ -38,6 +39,7 @@ MODULES = (
     "proxy.wire.http1",
 )
 
+_KNOWN = (".", "decide", "edge", "wire")  # folders of all that these modules may import (tests/test_imports.py)
 _ROOT = Path(__file__).resolve().parent.parent
 SETS = _ROOT / "proxy" / "_compiled"
 SUFFIX = ".so"
@@ -52,9 +54,10 @@ def folder() -> Path:
 
     Raises OSError where there are no sources.
     """
-    digest = hashlib.sha256(EXTENSION_SUFFIXES[0].encode())
-    for module in MODULES:
-        digest.update(module.encode() + b"\0" + source(module).read_bytes() + b"\0")
+    digest = hashlib.sha256(f"{EXTENSION_SUFFIXES[0]} {MODULES}".encode())
+    for place in _KNOWN:
+        for path in sorted((_ROOT / "proxy" / place).glob("*.py")):
+            digest.update(f"{place}/{path.name}\0".encode() + path.read_bytes() + b"\0")
     return SETS / digest.hexdigest()[:24]
 
 
@@ -89,7 +92,7 @@ def install() -> None:
     except OSError:
         _state = "plain Python; `wakefront compile` makes it cheaper"
         if SETS.is_dir():
-            _state = "plain Python: the sources have changed since `wakefront compile`"
+            _state = "plain Python: the sources, or Python, have changed since `wakefront compile`"
         return
     sys.meta_path.insert(0, _Finder({name.removesuffix(SUFFIX): str(place / name) for name in names}))
     _state = f"{len(MODULES)} modules compiled"

@@ -77,7 +77,7 @@ def _make(place: Path) -> None:
         raise CliError(f"The compiled modules cannot be written: {error}") from None
     for other in compiled.SETS.iterdir():
         if other != place and not other.name.startswith("new-"):
-            shutil.rmtree(other, ignore_errors=True)  # of sources that are no more
+            shutil.rmtree(other, ignore_errors=True)  # of other sources, or another Python
 
 
 def _run(new: Path, work: Path) -> None:

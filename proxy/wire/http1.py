@@ -348,7 +348,7 @@ class RequestReader:
 
         Raises ProxyError (source downstream) with the code that says what was wrong.
         """
-        is_upgraded = self._upgraded
+        is_upgraded = self._upgraded  # a local: the parser changes it below, which a type checker does not see
         if is_upgraded:
             self._sink.on_upgrade_bytes(data)
             return
@@ -661,7 +661,7 @@ class ResponseReader:
 
         Raises ProxyError(RESPONSE_INVALID, upstream) for anything that is not one HTTP/1 response after another.
         """
-        is_upgraded = self._upgraded
+        is_upgraded = self._upgraded  # a local: the parser changes it below, which a type checker does not see
         if is_upgraded:
             self.sink.on_upgrade_bytes(data)
             return

@@ -9,7 +9,5 @@ from tests.support.edge import EdgeHarness
 
 @pytest_asyncio.fixture
 async def edge() -> AsyncIterator[EdgeHarness]:
-    harness = EdgeHarness()
-    await harness.start()
-    yield harness
-    await harness.stop()
+    async with EdgeHarness() as harness:
+        yield harness

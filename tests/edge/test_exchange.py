@@ -392,9 +392,7 @@ async def test_an_answer_before_the_body_ends_closes_the_connection(edge: EdgeHa
 
 
 async def test_idle_connections_end_and_slow_heads_get_a_408() -> None:
-    edge = EdgeHarness(head_timeout_s=0.3, idle_timeout_s=0.3)
-    await edge.start()
-    try:
+    async with EdgeHarness(head_timeout_s=0.3, idle_timeout_s=0.3) as edge:
         origin = await edge.origin(answers(OK))
         edge.set_app(edge.app(edge.machine(origin.port)))
         reader, writer = await edge.connect()
@@ -404,22 +402,16 @@ async def test_idle_connections_end_and_slow_heads_get_a_408() -> None:
         reader, writer = await edge.connect()
         writer.write(GET[:20])
         assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 408 ")
-    finally:
-        await edge.stop()
 
 
 async def test_a_head_that_begins_in_the_read_of_the_request_before_it_has_the_time_of_a_head() -> None:
-    edge = EdgeHarness(head_timeout_s=0.3, idle_timeout_s=0.9)
-    await edge.start()
-    try:
+    async with EdgeHarness(head_timeout_s=0.3, idle_timeout_s=0.9) as edge:
         origin = await edge.origin(answers(OK))
         edge.set_app(edge.app(edge.machine(origin.port)))
         reader, writer = await edge.connect()
         writer.write(GET + GET[:20])
         answer = await asyncio.wait_for(reader.read(), 5)
         assert answer.startswith(OK[:15]) and b"HTTP/1.1 408 " in answer
-    finally:
-        await edge.stop()
 
 
 async def test_draining_ends_keep_alive_after_the_answer_under_way(edge: EdgeHarness) -> None:

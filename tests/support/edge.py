@@ -159,6 +159,13 @@ class EdgeHarness:
     async def start(self) -> None:
         await self.listener.start()
 
+    async def __aenter__(self) -> EdgeHarness:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
     async def origin(self, handler: Handler) -> Origin:
         origin = Origin(handler)
         await origin.start()
