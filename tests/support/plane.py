@@ -48,19 +48,28 @@ def static_app(folder: Path, name: str, address: str, ports: str = HTTP_80 + TLS
 
 
 class Plane(ServedNode):
-    """The node, with its access log and a third public port, 8000."""
+    """The node, with its access log and a third public port, 8000. `sections` and `node` are more of config.toml."""
 
-    def __init__(self, folder: Path, apps: str, sections: str = "", log_format: str = "json") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        apps: str,
+        sections: str = "",
+        log_format: str = "json",
+        *,
+        workers: int = 2,
+        node: str = "",
+        env: dict[str, str] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log_file = folder / "access.log"
         (self.third_port,) = free_ports(1)
         log = f'[log]\naccess = "{self.log_file}"\nformat = "{log_format}"\n'
-        super().__init__(
-            folder, f"{log}{sections}\n{apps}", listen=f'8000 = ["127.0.0.1:{self.third_port}"]\n', workers=2
-        )
+        listen = f'8000 = ["127.0.0.1:{self.third_port}"]\n'
+        super().__init__(folder, f"{log}{sections}\n{apps}", listen=listen, workers=workers, node=node, env=env)
 
-    def peer(self, app: str = "web", tls: bool = False, timeout: float = 20.0) -> Peer:
-        sock = self.connect(app, tls=tls, timeout=timeout)
+    def peer(self, app: str = "web", tls: bool = False, timeout: float = 20.0, source: str | None = None) -> Peer:
+        sock = self.connect(app, tls=tls, timeout=timeout, source=source)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return Peer(sock)
 

@@ -220,10 +220,12 @@ admin = "127.0.0.1:{self.admin_port}"
         connection.sock = self.connect(app, tls=tls, timeout=timeout)
         return connection
 
-    def connect(self, app: str, *, tls: bool = False, timeout: float = 30.0) -> socket.socket:
-        """A raw connection to the edge, through TLS for the app's name if asked."""
+    def connect(
+        self, app: str, *, tls: bool = False, timeout: float = 30.0, source: str | None = None
+    ) -> socket.socket:
+        """A raw connection to the edge, through TLS for the app's name if asked. `source`: our address."""
         port = self.https_port if tls else self.http_port
-        raw = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+        raw = socket.create_connection(("127.0.0.1", port), timeout, None if source is None else (source, 0))
         if not tls:
             return raw
         try:

@@ -1,0 +1,360 @@
+"""What attacks are run against and measured with: see tests/attacks/__init__.py for how a test uses it.
+
+`AttackedNode` is a real `wakefront serve`; `Attack` takes samples of its workers while a test does its worst, and
+holds what is true of every attack; `Ledger` is where rows end up, as a table and as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from tests.support.bystander import Bystander, Tally
+from tests.support.peer import Answer, Closed, Peer
+from tests.support.plane import Plane, static_app
+from tests.support.processes import cpu_s, runs
+from tests.support.recording import RecordingOrigin, Seen
+
+SAMPLE_S = 0.05
+BASELINE_S = 1.0
+_MIB = 1 << 20
+
+
+# --- what is attacked
+
+
+class AttackedNode(Plane):
+    """A node with one worker, whose app `web` is a RecordingOrigin and whose app `quiet` is the bystander's.
+
+    One worker, so that attacker and bystander share it: the worst case, and all cost is in one process. `web` are more
+    lines of that app's section, `apps` more apps, `sections` more of config.toml, such as [limits].
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        apps: str = "",
+        sections: str = "",
+        web: str = "",
+        workers: int = 1,
+        node: str = "",
+        env: dict[str, str] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.origin = RecordingOrigin()
+        self.bystander = Bystander()
+        self.baseline: Tally | None = None  # what it meets without an attack
+        own = static_app(folder, "web", f"127.0.0.1:{self.origin.port}", more=web)
+        own += static_app(folder, "quiet", f"127.0.0.1:{self.bystander.port}")
+        super().__init__(folder, f"{own}\n{apps}", sections, workers=workers, node=node, env=env)
+
+    def __enter__(self) -> AttackedNode:
+        super().__enter__()
+        assert self.ask("/").status == 200
+        self.origin.forget()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        try:
+            self.bystander.close()
+            super().__exit__(*failure)
+        finally:
+            self.origin.close()
+
+    def attempt(
+        self,
+        data: bytes,
+        *,
+        app: str = "web",
+        tls: bool = False,
+        half_close: bool = True,
+        methods: Iterable[str] = (),
+        source: str | None = None,
+        timeout: float = 10.0,
+    ) -> Attempt:
+        """Send bytes on a connection of their own and read all that comes, to the end or the timeout.
+
+        `methods` of the requests in `data`, where one is a HEAD: the answers' framing depends on it.
+        """
+        with self.peer(app, tls, timeout, source) as peer:
+            with contextlib.suppress(ConnectionError):  # an edge may close before it has read all
+                peer.send(data)
+                if half_close and not tls:
+                    peer.half_close()
+            return Attempt.read(peer, list(methods))
+
+    def take_baseline(self) -> Tally:
+        """What the bystander meets while nothing else goes on; measured once."""
+        if self.baseline is None:
+            self.bystander.aim(self.http_port, self.host("quiet"))
+            time.sleep(BASELINE_S)  # a measurement takes its time
+            self.baseline = self.bystander.take()
+            self.bystander.rest()
+        return self.baseline
+
+
+@dataclass
+class Attempt:
+    """What a client got for its bytes."""
+
+    answers: list[Answer] = field(default_factory=list)
+    rest: bytes = b""  # what came that is no whole answer
+    closed: bool = False  # the edge ended the connection; else the timeout did
+
+    @classmethod
+    def read(cls, peer: Peer, methods: list[str]) -> Attempt:
+        attempt = cls()
+        try:
+            while True:
+                method = methods[len(attempt.answers)] if len(attempt.answers) < len(methods) else "GET"
+                attempt.answers.append(peer.read_answer(method))
+        except Closed as closed:
+            attempt.rest, attempt.closed = closed.had, True
+        except ConnectionError:
+            attempt.closed = True
+        except TimeoutError:
+            pass
+        return attempt
+
+    @property
+    def statuses(self) -> list[int]:
+        return [answer.status for answer in self.answers]
+
+    def assert_refused(self, *statuses: int) -> None:
+        """One answer with such a status, then the end; or the end at once, if 0 is among them."""
+        assert self.closed, f"still open after {self.statuses} {self.rest!r}"
+        assert not self.rest, self.rest
+        if self.answers or 0 not in statuses:
+            assert len(self.answers) == 1 and self.answers[0].status in statuses, self.answers
+
+
+def rewritten_once(seen: list[Seen], target: str) -> bool:
+    """Whether the origin got exactly one request, for this target. Its framing has been judged by the origin."""
+    return [one.target for one in seen] == [target]
+
+
+# --- what is measured
+
+
+@dataclass
+class Figures:
+    """One row of the table. Memory is of the workers together, the highest sample less that before the attack."""
+
+    row: str
+    name: str
+    cases: int = 0
+    seconds: float = 0.0
+    growth_mib: float | None = None
+    cpu_s: float | None = None
+    quiet_p99_ms: float | None = None
+    bystander_p99_ms: float | None = None
+    fresh_p99_ms: float | None = None
+    bystander_answers: int = 0
+    outcome: str = "held"
+    notes: list[str] = field(default_factory=list)
+
+
+class Ledger:
+    """All rows of a run. Attacks of the same row and name become one."""
+
+    def __init__(self) -> None:
+        self.rows: list[Figures] = []
+
+    def add(self, figures: Figures) -> None:
+        for one in self.rows:
+            if (one.row, one.name) == (figures.row, figures.name):
+                _join(one, figures)
+                return
+        self.rows.append(figures)
+
+    def ordered(self) -> list[Figures]:
+        return sorted(self.rows, key=lambda one: (int("0" + "".join(filter(str.isdigit, one.row))), one.name))
+
+    def json(self) -> str:
+        return json.dumps([dataclasses.asdict(one) for one in self.ordered()], indent=1) + "\n"
+
+    def lines(self) -> list[str]:
+        """A Markdown table."""
+        head = "| row | attack | cases | s | worker grew, MiB | worker CPU, s | others' p99, ms | new ones' | held |"
+        return [head, "|---|---|--:|--:|--:|--:|--:|--:|---|", *map(_line, self.ordered())]
+
+
+def _join(into: Figures, more: Figures) -> None:
+    into.cases += more.cases
+    into.seconds += more.seconds
+    into.bystander_answers += more.bystander_answers
+    into.cpu_s = _or_none(lambda a, b: a + b, into.cpu_s, more.cpu_s)
+    for name in ("growth_mib", "quiet_p99_ms", "bystander_p99_ms", "fresh_p99_ms"):
+        setattr(into, name, _or_none(max, getattr(into, name), getattr(more, name)))
+    if into.outcome == "held":
+        into.outcome = more.outcome
+    into.notes += [one for one in more.notes if one not in into.notes]
+
+
+def _or_none(join: Callable[[float, float], float], one: float | None, two: float | None) -> float | None:
+    if one is None or two is None:
+        return two if one is None else one
+    return join(one, two)
+
+
+def _line(one: Figures) -> str:
+    def number(value: float | None, digits: int) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    p99 = number(one.bystander_p99_ms, 1)
+    if one.quiet_p99_ms is not None:
+        p99 = f"{one.quiet_p99_ms:.1f} → {p99}"
+    notes = f"{one.outcome}; {'; '.join(one.notes)}" if one.notes else one.outcome
+    cells = (one.row, one.name, f"{one.cases:,}", number(one.seconds, 1), number(one.growth_mib, 1),
+             number(one.cpu_s, 2), p99, number(one.fresh_p99_ms, 1), notes.replace("|", "/"))  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+class Attack:
+    """Samples and pass marks of one attack, as a context manager.
+
+    Whatever the attack: no worker may die, no traceback be logged, no request of the bystander fail, and the origin
+    be sent nothing that our edge may not write. Marks beyond that are arguments.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        row: str,
+        name: str,
+        node: AttackedNode | None = None,
+        *,
+        growth_mib: float | None = None,
+        p99_ms: float | None = None,
+        traceback_allowed: bool = False,
+        workers_may_end: bool = False,
+        bystander: bool = True,
+    ) -> None:
+        self._ledger = ledger
+        self._node = node
+        self._growth_mib = growth_mib
+        self._p99_ms = p99_ms
+        self._traceback_allowed = traceback_allowed
+        self._workers_may_end = workers_may_end
+        self._bystander = bystander and node is not None
+        self.figures = Figures(row, name)
+        self._label = ""
+
+    def case(self, label: object = "") -> None:
+        """Another case begins; its label is told if it fails."""
+        self.figures.cases += 1
+        self._label = str(label)
+
+    def note(self, text: str) -> None:
+        """A few words for the table."""
+        self.figures.notes.append(text)
+
+    def __enter__(self) -> Attack:
+        node = self._node
+        if node is not None:
+            if self._bystander:
+                self.figures.quiet_p99_ms = node.take_baseline().p99_ms
+                node.bystander.aim(node.http_port, node.host("quiet"))
+            self._pids = node.worker_pids
+            self._logged = len(node.log())
+            self._sampler = Sampler(self._pids)
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.figures.seconds = time.monotonic() - self._began
+        try:
+            tally = self._measure()
+            if error is None:
+                self._judge(tally)
+            else:
+                self.figures.outcome = f"NOT HELD: {type(error).__name__} {self._label[:60]}".strip()
+                error.add_note(f"attack {self.figures.row}, case {self.figures.cases}: {self._label}")
+        except AssertionError as broken:
+            self.figures.outcome = f"NOT HELD: {str(broken).splitlines()[0][:100]}"
+            raise
+        finally:
+            self._ledger.add(self.figures)
+
+    def _measure(self) -> Tally:
+        node, tally = self._node, Tally()
+        if node is None:
+            return tally
+        self.figures.growth_mib, self.figures.cpu_s = self._sampler.stop()
+        if self._bystander:
+            tally = node.bystander.take()
+            node.bystander.rest()
+            self.figures.bystander_p99_ms, self.figures.fresh_p99_ms = tally.p99_ms, tally.fresh_p99_ms
+            self.figures.bystander_answers = tally.answers
+        return tally
+
+    def _judge(self, tally: Tally) -> None:
+        node = self._node
+        if node is None:
+            return
+        assert tally.failures == [], f"requests of the bystander failed: {tally.failures[:5]}"
+        assert node.origin.faults == [], f"the origin was sent what it may not be: {node.origin.faults[:3]}"
+        if not self._workers_may_end:
+            ended = [pid for pid in self._pids if not runs(pid)]
+            assert ended == [], f"workers ended: {ended}\n{node.log()[self._logged :]}"
+        if not self._traceback_allowed:
+            log = node.log()[self._logged :]
+            assert "Traceback (most recent call last)" not in log, f"a traceback was logged\n{log[-8000:]}"
+        growth, p99 = self.figures.growth_mib, self.figures.bystander_p99_ms
+        if self._growth_mib is not None:
+            assert growth is not None and growth <= self._growth_mib, f"workers grew by {growth} MiB"
+        if self._p99_ms is not None:
+            assert p99 is not None and p99 <= self._p99_ms, f"p99 of the bystander was {p99} ms"
+
+
+class Sampler:
+    """Memory of some processes, looked at every few milliseconds, and their time, from creation to `stop`."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._pids = list(pids)
+        self._before = self.peak = self._rss()
+        self._cpu_before = sum(map(cpu_s, self._pids))
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> tuple[float, float]:
+        """Growth of resident memory at its peak in MiB, and CPU seconds used."""
+        self._over.set()
+        self._thread.join(10)
+        self._look()
+        return max(0, self.peak - self._before) / _MIB, sum(map(cpu_s, self._pids)) - self._cpu_before
+
+    def _run(self) -> None:
+        while not self._over.wait(SAMPLE_S):
+            self._look()
+
+    def _look(self) -> None:
+        self.peak = max(self.peak, self._rss())
+
+    def _rss(self) -> int:
+        return sum(map(rss_bytes, self._pids))
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory; 0 once the process has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def open_descriptors(pid: int) -> int:
+    """How many descriptors a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
