@@ -1,4 +1,7 @@
-"""`python -m bench [load|wake|balance|replay|memory|micro|profile] [options]`; without a name, all with results."""
+"""`python -m bench [load|wake|balance|replay|memory|micro|profile|soak] [options]`
+
+Without a name, all but the last two.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ MEASURED = ("micro", "load", "wake", "balance", "replay", "memory")
 def main(given: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     names = parser.add_subparsers(dest="name")
-    modules = {name: importlib.import_module(f"bench.{name}") for name in (*MEASURED, "profile")}
+    modules = {name: importlib.import_module(f"bench.{name}") for name in (*MEASURED, "profile", "soak")}
     for name, module in modules.items():
         module.add_arguments(names.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
     worst = 0

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import pytest
 import pytest_asyncio
 
-from tests.support.attacks import Attack, AttackedNode, Ledger
+from tests.support.attack_table import Ledger
+from tests.support.attacks import Attack, AttackedNode
 from tests.support.edge import EdgeHarness
 
 _ledger = pytest.StashKey[Ledger]()

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.attacks import Attack, AttackedNode, Ledger
+from tests.support.attack_table import Figures, Ledger
+from tests.support.attacks import Attack, AttackedNode
 from tests.support.edge import EdgeHarness
 from tests.support.processes import state_of, wait_for
 from tests.support.recording import RecordingOrigin, Seen
@@ -156,3 +157,18 @@ def test_rows_are_in_the_order_of_their_numbers_with_their_notes() -> None:
             run.note("figures | of its own")
     assert [one.row for one in ledger.ordered()] == ["A6", "A12"]
     assert "held; figures / of its own" in ledger.lines()[2]
+
+
+def test_rows_of_several_runs_become_one_that_holds_only_if_all_did() -> None:
+    runs = [
+        Figures("A6", "name", 3, 1.0, growth_mib=2.0, cpu_s=0.5, notes=["a"]),
+        Figures("A6", "name", 4, 2.0, growth_mib=1.0, cpu_s=0.25, outcome="NOT HELD: why", notes=["a", "b"]),
+    ]
+    total = Ledger()
+    for one in runs:
+        ledger = Ledger()
+        ledger.add(one)
+        total.add_json(ledger.json())
+    (row,) = total.rows
+    assert (row.cases, row.seconds, row.growth_mib, row.cpu_s) == (7, 3.0, 2.0, 0.75)
+    assert (row.outcome, row.notes) == ("NOT HELD: why", ["a", "b"])
