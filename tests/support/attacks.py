@@ -79,17 +79,19 @@ class AttackedNode(Plane):
         methods: Iterable[str] = (),
         source: str | None = None,
         timeout: float = 10.0,
+        take_its_word: bool = False,
     ) -> Attempt:
         """Send bytes on a connection of their own and read all that comes, to the end or the timeout.
 
-        `methods` of the requests in `data`, where one is a HEAD: the answers' framing depends on it.
+        `methods` of the requests in `data`, where one is a HEAD: the answers' framing depends on it. `take_its_word`:
+        an answer with `Connection: close` is the end. Over TLS the edge may wait two seconds for the client's instead.
         """
         with self.peer(app, tls, timeout, source) as peer:
             with contextlib.suppress(ConnectionError):  # an edge may close before it has read all
                 peer.send(data)
                 if half_close and not tls:
                     peer.half_close()
-            return Attempt.read(peer, list(methods))
+            return Attempt.read(peer, list(methods), take_its_word)
 
     def take_baseline(self) -> Tally:
         """What the bystander meets while nothing else goes on; measured once."""
@@ -110,12 +112,13 @@ class Attempt:
     closed: bool = False  # the edge ended the connection; else the timeout did
 
     @classmethod
-    def read(cls, peer: Peer, methods: list[str]) -> Attempt:
+    def read(cls, peer: Peer, methods: list[str], take_its_word: bool = False) -> Attempt:
         attempt = cls()
         try:
-            while True:
+            while not attempt.closed:
                 method = methods[len(attempt.answers)] if len(attempt.answers) < len(methods) else "GET"
-                attempt.answers.append(peer.read_answer(method))
+                attempt.answers.append(answer := peer.read_answer(method))
+                attempt.closed = take_its_word and answer.all("connection") == ["close"]
         except Closed as closed:
             attempt.rest, attempt.closed = closed.had, True
         except ConnectionError:
