@@ -1,4 +1,7 @@
-"""Binds the public addresses, for the supervisor: one SO_REUSEPORT socket per address and worker slot.
+"""Binds the public addresses, for the supervisor: for each, one SO_REUSEPORT socket per slot.
+
+There are as many slots as there ever were workers: with fewer of them each accepts on several slots, for a listening
+socket that is closed takes with it the clients that wait in its queue.
 
 Standard library only. A port may be shared silently with any process of the same user once SO_REUSEPORT is set, and
 then half of the clients would reach that other process; so each address is first tried without it. All faults are
@@ -12,6 +15,8 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from proxy.process import ListenAddress, ListenSocket
 
@@ -23,24 +28,105 @@ class BindError(Exception):
     """Some addresses can't be bound; the message has one line for each."""
 
 
-def bind_all(
-    listen: Sequence[ListenAddress], slots: int, patience_s: float = 0.0, admin: ListenAddress | None = None
-) -> list[list[ListenSocket]]:
-    """The listening sockets of each slot, every one bound to every address, non-blocking and closed on exec.
+@dataclass(slots=True)
+class Bound:
+    """One address of the plan and its sockets: for each slot one, or several where a name has several addresses."""
 
+    address: ListenAddress
+    slots: list[list[socket.socket]]
+
+    def sockets(self) -> list[socket.socket]:
+        return [one for held in self.slots for one in held]
+
+
+class Bindings:
+    """All addresses that are listened on."""
+
+    def __init__(self, bound: Sequence[Bound] = (), slots: int = 0) -> None:
+        self._bound = list(bound)
+        self.slots = slots
+
+    def listeners(self, number: int, workers: int) -> list[ListenSocket]:
+        """What the worker of this number, of so many, accepts on."""
+        return [
+            ListenSocket(one.address.public_port, sock)
+            for slot in range(number, self.slots, workers)
+            for one in self._bound
+            for sock in one.slots[slot]
+        ]
+
+    def addresses(self) -> list[ListenAddress]:
+        """The addresses as bound: a plan may say port 0."""
+        found = []
+        for one in self._bound:
+            for sock in one.slots[0]:
+                host, port = sock.getsockname()[:2]
+                found.append(ListenAddress(one.address.public_port, host, port))
+        return found
+
+    def sockets(self) -> list[socket.socket]:
+        return [sock for one in self._bound for sock in one.sockets()]
+
+    def close(self, keep: Bindings | None = None) -> None:
+        """Close all sockets but those that `keep` holds too."""
+        kept = set(map(id, keep.sockets())) if keep is not None else set()
+        for sock in self.sockets():
+            if id(sock) not in kept:
+                sock.close()
+
+    def to_state(self) -> dict[str, Any]:
+        """For the program that this one becomes by exec: descriptors instead of sockets."""
+        bound = [
+            {"address": asdict(one.address), "slots": [[sock.fileno() for sock in held] for held in one.slots]}
+            for one in self._bound
+        ]
+        return {"slots": self.slots, "bound": bound}
+
+    @classmethod
+    def from_state(cls, raw: dict[str, Any]) -> Bindings:
+        bound = [
+            Bound(
+                ListenAddress(**one["address"]),
+                [[socket.socket(fileno=descriptor) for descriptor in held] for held in one["slots"]],
+            )
+            for one in raw["bound"]
+        ]
+        return cls(bound, raw["slots"])
+
+    def find(self, address: ListenAddress) -> Bound | None:
+        """What is bound for an address, whatever public port it stood for. Port 0 means one of its own."""
+        for one in self._bound:
+            same = (one.address.host, one.address.port) == (address.host, address.port)
+            if same and (address.port or one.address.public_port == address.public_port):
+                return one
+        return None
+
+    def has_port(self, port: int) -> bool:
+        return any(one.address.port == port for one in self._bound)
+
+
+def bind_all(
+    listen: Sequence[ListenAddress],
+    slots: int,
+    patience_s: float = 0.0,
+    admin: ListenAddress | None = None,
+    held: Bindings | None = None,
+) -> Bindings:
+    """Sockets bound to every address in at least so many slots, non-blocking and closed on exec.
+
+    `held` is what is bound already: it stays as it is, and the result shares its sockets where both have an address.
     `admin` is only looked at: it is control's to bind, but a node that nobody can talk to should not come up.
     `patience_s`: how long a taken port is tried again, for the moments in which the processes of a killed supervisor
-    still end. Raises BindError naming every address that can't be had.
+    still end. Raises BindError naming every address that can't be had; then nothing was bound.
     """
     deadline = time.monotonic() + patience_s
-    sockets: list[list[ListenSocket]] = [[] for _ in range(slots)]
+    held = held or Bindings()
+    slots = max(slots, held.slots)
+    made: list[Bound] = []
     faults: list[str] = []
     for address in listen:
         try:
-            for one in _resolve(address):
-                _wait_until_free(one, deadline)
-                for slot, bound in enumerate(_bind_slots(one, slots)):
-                    sockets[slot].append(ListenSocket(address.public_port, bound))
+            made.append(_bind(address, slots, held, deadline))
         except OSError as error:
             faults.append(f"{_name(address)} (public port {address.public_port}): {_explain(error, address)}")
     if admin is not None and admin.port:
@@ -49,12 +135,34 @@ def bind_all(
                 _wait_until_free(one, deadline)
         except OSError as error:
             faults.append(f"{_name(admin)} (admin): {_explain(error, admin)}")
+    bindings = Bindings(made, slots)
     if faults:
-        for held in sockets:
-            for listener in held:
-                listener.socket.close()
+        bindings.close(keep=held)
         raise BindError("\n".join(["can't listen:", *faults]))
-    return sockets
+    return bindings
+
+
+def _bind(address: ListenAddress, slots: int, held: Bindings, deadline: float) -> Bound:
+    """One address in all slots. Raises OSError, and leaves nothing open then."""
+    before = held.find(address)
+    kept = list(map(list, before.slots)) if before is not None else []
+    made: list[list[socket.socket]] = [[] for _ in range(slots - len(kept))]
+    try:
+        if kept:
+            wanted = [(sock.family, sock.getsockname()) for sock in kept[0]]
+        else:
+            wanted = _resolve(address)
+            if not held.has_port(address.port):  # else it is ours, and shared as long as both addresses are in use
+                for one in wanted:
+                    _wait_until_free(one, deadline)
+        for one in wanted:
+            for slot, bound in enumerate(_bind_slots(one, len(made))):
+                made[slot].append(bound)
+    except OSError:
+        for sock in [sock for slot in made for sock in slot]:
+            sock.close()
+        raise
+    return Bound(address, kept + made)
 
 
 def _name(address: ListenAddress) -> str:

@@ -7,7 +7,14 @@ Over the channel go JSON objects, one a datagram; unknown ones are ignored:
 
     child -> supervisor     {"op": "ready"}                     it serves
     control -> supervisor   {"op": "reap", "pid": P}            this orphan's end is on record
-    supervisor -> child     {"op": "drain"}                     finish and end (workers get SIGTERM too)
+    control -> supervisor   {"op": "turn", "id": N, "plan": {...}}    have workers of this plan take over (turnover.py)
+                            {"op": "plan", "plan": {...}}       a plan that asks for no new workers
+    supervisor -> control   {"op": "bound", "id": N}            what the plan listens on is bound, new workers start
+                            {"op": "turned", "id": N, "faults": [...]}    they serve; or why nothing has changed
+                            {"op": "workers", "rows": [...], "retiring": [...]}    who there is
+                            {"op": "leave"}                     end, and leave the machines to the next control
+    supervisor -> child     {"op": "drain", "timeout_s": S}     finish and end (workers get SIGTERM too)
+    supervisor -> worker    {"op": "retire", "timeout_s": S}    others accept now: keep what there is until it ends
     supervisor -> control   {"op": "reload"}                    SIGHUP came
                             {"op": "exited", "pid": P, "code": C, "signal": S}    an orphan has ended; one is null
     supervisor -> worker    {"op": "cover", "slot": S, "public_ports": [...]}     with copies of the listening sockets
@@ -58,6 +65,26 @@ class Child:
     gone_quiet: bool = False  # it closed its end of the channel
     wants_room: bool = False  # the kernel held as much as it takes
     _outbox: deque[bytes] = field(default_factory=deque)
+
+    def to_state(self) -> dict[str, Any]:
+        """For the program that the supervisor becomes by exec; it names descriptors by number."""
+        return {
+            "pid": self.pid,
+            "pidfd": self.pidfd,
+            "channel": self.channel.fileno(),
+            "started_at": self.started_at,
+            "ready": self.ready,
+            "killed": self.killed,
+            "gone_quiet": self.gone_quiet,
+            "outbox": [one.decode() for one in self._outbox],
+        }
+
+    @classmethod
+    def from_state(cls, raw: dict[str, Any], now: float) -> Child:
+        child = cls(raw["pid"], raw["pidfd"], socket.socket(fileno=raw["channel"]), raw["started_at"], 0, now)
+        child.ready, child.killed, child.gone_quiet = raw["ready"], raw["killed"], raw["gone_quiet"]
+        child._outbox.extend(one.encode() for one in raw["outbox"])
+        return child
 
     @property
     def has_unsent(self) -> bool:
@@ -148,11 +175,14 @@ ENDED_WELL = "exited with status 0"
 
 @dataclass(slots=True)
 class Place:
-    """Control, or one worker slot."""
+    """Control, or one worker of a plan. Its row in shared memory is its alone as long as the worker lives."""
 
     role: Role
-    slot: int
+    slot: int  # the row
     index: int  # of its heartbeat cell
+    number: int = 0  # of this worker among the `workers` that share the listening sockets
+    workers: int = 1
+    retire_by: float | None = None  # others have taken over; it has until then for the connections it has
     incarnation: int = 0
     child: Child | None = None
     failures: int = 0  # failed starts in a row
@@ -172,6 +202,18 @@ class Place:
     def cannot_start(self) -> bool:
         """It has failed so often that clients who wait at its sockets would wait long."""
         return self.failures >= COVER_FAILURES and (self.child is None or not self.child.ready)
+
+    def to_state(self) -> dict[str, Any]:
+        names = ("role", "slot", "index", "number", "workers", "retire_by", "incarnation", "failures", "start_at")
+        return {name: getattr(self, name) for name in names} | {"child": self.child and self.child.to_state()}
+
+    @classmethod
+    def from_state(cls, raw: dict[str, Any], now: float) -> Place:
+        child = raw.pop("child")
+        place = cls(**raw)
+        if child is not None:
+            place.child = Child.from_state(child, now)
+        return place
 
     def after_death(self, lived_s: float, was_ready: bool) -> float:
         """Count a death; the seconds to wait before the next start. Who never served has failed, however late."""

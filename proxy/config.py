@@ -68,6 +68,7 @@ class NodeSection:
     workers: int = 0  # 0 = one a core
     on_exit: str = "stop"  # stop | keep: what becomes of machines when the service ends
     autostop_interval_s: float = 300.0  # between two looks for idle machines
+    retire_timeout_s: float = 900.0  # for connections of workers that others have taken over from
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +283,7 @@ def plan(config: NodeConfig, config_path: str | os.PathLike[str], host: Host | N
         workers=config.node.workers or (host or Host.this()).cores,
         listen=config.listen.public,
         drain_timeout_s=config.limits.drain_timeout_s,
+        retire_timeout_s=config.node.retire_timeout_s,
         admin=ListenAddress(0, config.listen.admin_host, config.listen.admin_port),
     )
 
@@ -399,6 +401,7 @@ class _ConfigReader:
             workers=table.integer("workers", 0, 256),
             on_exit=table.text("on_exit", choices=("stop", "keep")),
             autostop_interval_s=_positive_s(table, "autostop_interval"),
+            retire_timeout_s=table.duration_s("retire_timeout", bare_unit_s=1.0),
         )
         return dataclasses.replace(node, data_dir=self.resolve(data_dir or node.data_dir))
 

@@ -109,7 +109,7 @@ class Metrics:
         """An app's block, summed over the workers."""
         memory = self._memory
         total = [0] * state.APP_CELLS
-        for worker in range(memory.workers):
+        for worker in range(memory.rows_ever_used):
             base = memory.app_base(worker, slot)
             for cell, value in enumerate(memory.cells[base : base + state.APP_CELLS].tolist()):
                 total[cell] += value
@@ -151,7 +151,7 @@ class Metrics:
         yield starts
         for name, text, kind, cell in _WORKER_METRICS:
             metric = _metric(name, text, kind)
-            for worker in range(self._memory.workers):
+            for worker in range(self._memory.rows_ever_used):
                 value = self._memory.cells[self._memory.worker_base(worker) + cell]
                 metric.add_sample(name, {**base, "worker": str(worker)}, value)
             yield metric

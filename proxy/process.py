@@ -12,7 +12,7 @@ import os
 import resource
 import socket
 import ssl
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class ServePlan:
     listen: tuple[ListenAddress, ...]
     drain_timeout_s: float = 30.0
     admin: ListenAddress | None = None  # control's own to bind
+    retire_timeout_s: float = 900.0  # for connections of workers that others have taken over from
 
     @property
     def run_dir(self) -> str:
@@ -45,7 +46,9 @@ class ServePlan:
 
     @classmethod
     def from_json(cls, text: str) -> ServePlan:
-        raw = json.loads(text)
+        """Keys of a newer version's are left out. Raises ValueError, KeyError or TypeError for what is no plan."""
+        known = {one.name for one in fields(cls)}
+        raw = {key: value for key, value in json.loads(text).items() if key in known}
         raw["listen"] = tuple(ListenAddress(**one) for one in raw["listen"])
         raw["admin"] = ListenAddress(**raw["admin"]) if raw["admin"] else None
         return cls(**raw)
@@ -53,7 +56,7 @@ class ServePlan:
 
 @dataclass(slots=True)
 class ListenSocket:
-    """A listening socket of one worker slot (SO_REUSEPORT), held by the supervisor for ever."""
+    """A listening socket (SO_REUSEPORT), held by the supervisor as long as its address is listened on."""
 
     public_port: int
     socket: socket.socket
@@ -64,7 +67,7 @@ class ChildContext:
     """What a child is and has. `index` is its heartbeat cell: 0 for control, 1 + slot for a worker."""
 
     role: str  # control | worker
-    slot: int  # worker slot, 0-based; 0 for control
+    slot: int  # row of a worker in shared memory, 0-based; 0 for control
     index: int
     incarnation: int  # 1 for the first process in this place, growing
     plan: ServePlan

@@ -1,6 +1,7 @@
 """The supervisor's folder, data_dir/run: the lock on data_dir, control's Unix listener, and what others may read.
 
     supervisor.pid   locked by the supervisor while it lives; holds its pid, and is emptied at a clean end
+    upgrade.json, upgrade-result.json    what `wakefront upgrade` asked for, and how far it has come (succession.py)
     control.sock     where workers and nobody else reach control (0600)
     children.json    who is who: for `wakefront status`, and for tests
     ready            there once control and all workers have served; holds the supervisor's pid
@@ -25,9 +26,14 @@ class RunDirError(Exception):
 class RunDir:
     """Holds the lock from construction to the end of the process."""
 
-    def __init__(self, plan: ServePlan) -> None:
+    def __init__(self, plan: ServePlan, held_lock: int | None = None) -> None:
+        """`held_lock`: the descriptor of a supervisor whose process goes on as this one."""
         self.path = plan.run_dir
         self.was_left_behind = False  # the last supervisor was killed: its children may still be ending
+        if held_lock is not None:
+            self._lock_fd = held_lock
+            os.set_inheritable(held_lock, False)
+            return
         try:
             os.makedirs(plan.data_dir, mode=0o700, exist_ok=True)
             os.makedirs(self.path, mode=0o700, exist_ok=True)
@@ -54,6 +60,13 @@ class RunDir:
 
     def _holder(self) -> str:
         return os.pread(self._lock_fd, 32, 0).decode("ascii", "replace").strip()
+
+    @property
+    def lock_fd(self) -> int:
+        return self._lock_fd
+
+    def path_of(self, name: str) -> str:
+        return self._in(name)
 
     def _in(self, name: str) -> str:
         return os.path.join(self.path, name)

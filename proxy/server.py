@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -47,7 +48,7 @@ from proxy.machines.process import ProcessDriver
 from proxy.machines.static import StaticDriver
 from proxy.metrics import AppCells, MachineFacts, Metrics, NodeFacts
 from proxy.model import MachineId, MachineState
-from proxy.process import ChildContext, raise_open_files
+from proxy.process import ChildContext, ServePlan, raise_open_files
 from proxy.state import SharedMemory
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ _CHECKPOINT_S = 30.0
 _RETRY_S = 1.0
 _SLICE = 64  # apps told between two turns of the loop
 _SWITCH_S = 0.0005  # a thread that reads or writes must not keep the loop, and with it a wake, waiting for 5 ms
+_BIND_S = 10.0  # for the supervisor to bind
+_TURN_S = 60.0  # and for new workers to serve; it gives up before
 EXIT_NO_CONFIG = 1
 
 
@@ -72,7 +75,7 @@ def run(ctx: ChildContext) -> int:
 
 
 async def _serve(ctx: ChildContext) -> int:
-    memory = SharedMemory(ctx.shared_fd, ctx.plan.workers)
+    memory = SharedMemory(ctx.shared_fd)
     beat = clock.spawn(_beat(memory, ctx.index), "heartbeat")
     try:
         plan, faults = await _first_plan(ctx)
@@ -161,7 +164,7 @@ class Server:
             "process": ProcessDriver(ctx.plan.data_dir, supervisor=os.getppid()),
             "static": StaticDriver(),
         }
-        self.hub = Hub(ctx.control_listener, ctx.plan.workers, memory, self._clock, plan.settings)
+        self.hub = Hub(ctx.control_listener, memory, self._clock, plan.settings)
         epoch = self.store.next_epoch(self._clock.unix())
         self.fleet = Fleet(self._drivers, self.store, memory, self._clock, self.hub, _make_socket, epoch)
         self.checks = Checks(self.fleet, self._clock, clock.new_random(), _make_socket)
@@ -179,6 +182,11 @@ class Server:
         self.hub.on_linked = self._linked
         self.domains.on_renewed = self._renewed
         self._channel = Channel(ctx, self._hear, self._supervisor_gone)
+        self._node_plan = ctx.plan  # the supervisor's: what is listened on, how many workers
+        self._serving: list[int] = list(range(ctx.plan.workers))  # rows of workers, as the supervisor tells
+        self._retiring: list[int] = []
+        self._turn: Turn | None = None
+        self._turns = itertools.count(1)
 
     async def start(self) -> None:
         await self.apps.load(self._plan, self._ctx.incarnation == 1)
@@ -222,6 +230,15 @@ class Server:
             case "drain":
                 if self._ending is None:
                     self._ending = clock.spawn(self._drain(), "drain")
+            case "leave":
+                log.info("another control takes over: leaving, machines run on")
+                self.fleet.halt()
+                self.ended.set()
+            case "bound" | "turned":
+                if self._turn is not None and self._turn.id == message.get("id"):
+                    self._turn.hear(message)
+            case "workers":
+                self._serving, self._retiring = message["rows"], message["retiring"]
             case "exited":
                 pid = int(message["pid"])
                 self.fleet.exited_elsewhere(pid, Exit(message.get("code"), message.get("signal")))
@@ -269,7 +286,11 @@ class Server:
                 ]  # fmt: skip
                 return False, {"error": "the configuration has faults; nothing was changed", "faults": faults}
             new = plan_of(result.config)
-            self._reload_warnings = self._fixed_differences(new, result.config)
+            node_plan = config.plan(result.config, self._ctx.plan.config_path)
+            self._reload_warnings = self._fixed_differences(new, node_plan)
+            if unbound := await self._bind(node_plan):
+                error = "nothing was changed, what is to be listened on cannot be had"
+                return False, {"error": error, "faults": _plain_faults(unbound)}
             old = self._plan
             self._plan = dataclasses.replace(
                 new, identity=old.identity, name=old.name, region=old.region, data_dir=old.data_dir,
@@ -280,21 +301,48 @@ class Server:
             self._config_faults = []
             self.domains.set_names(self.apps.hostnames())
             await asyncio.to_thread(keep_plan, _kept_path(self._ctx), self._plan)
+            if failed := await self._turned(node_plan):
+                error = "apps were reloaded, but listeners and workers are as before"
+                return False, {"error": error, "faults": _plain_faults(failed)}
             warnings = self._reload_warnings + [str(one) for one in result.warnings]
             return True, _changes_json(changes, warnings)
 
-    def _fixed_differences(self, new: NodePlan, loaded: config.NodeConfig) -> list[str]:
-        """What cannot change while the node runs."""
-        old, plan = self._plan, config.plan(loaded, self._ctx.plan.config_path)
+    async def _bind(self, plan: ServePlan) -> list[str]:
+        """Have the supervisor listen on what is new in a plan, if anything is, and start workers for it. Or why not."""
+        old = self._node_plan
+        if (old.listen, old.workers) == (plan.listen, plan.workers):
+            return []
+        self._turn = Turn(next(self._turns))
+        asked = dataclasses.asdict(dataclasses.replace(plan, data_dir=self._ctx.plan.data_dir))
+        self._channel.send({"op": "turn", "id": self._turn.id, "plan": asked})
+        return await self._turn.faults(self._turn.bound, _BIND_S)
+
+    async def _turned(self, plan: ServePlan) -> list[str]:
+        """Wait until the workers of a plan serve; a plan that needs no new ones is just told. Or why they do not."""
+        turn, plan = self._turn, dataclasses.replace(plan, data_dir=self._ctx.plan.data_dir)
+        if turn is None:
+            if plan != self._node_plan:
+                self._channel.send({"op": "plan", "plan": dataclasses.asdict(plan)})
+                self._node_plan = plan
+            return []
+        faults = await turn.faults(turn.turned, _TURN_S)
+        self._turn = None
+        if not faults:
+            self._node_plan = plan
+        return faults
+
+    def _fixed_differences(self, new: NodePlan, plan: ServePlan) -> list[str]:
+        """What a reload does not change."""
+        old = self._plan
         differs = {
             "[node] name": old.name != new.name,
             "[node] region": old.region != new.region,
-            "[node] data_dir": self._ctx.plan.data_dir != plan.data_dir,
-            "[node] workers": self._ctx.plan.workers != plan.workers,
             "[listen] admin": (old.admin_host, old.admin_port) != (new.admin_host, new.admin_port),
-            "[listen]": self._ctx.plan.listen != plan.listen,
         }
-        return [f"{key} changes only when the service is restarted" for key, is_new in differs.items() if is_new]
+        texts = [f"{key} changes with `wakefront upgrade` or a restart" for key, is_new in differs.items() if is_new]
+        if self._ctx.plan.data_dir != plan.data_dir:
+            texts.append("[node] data_dir changes only when the service is restarted")
+        return texts
 
     # --- workers (link.Requests)
 
@@ -467,8 +515,9 @@ class Server:
             },
             "workers": [
                 {"id": slot, "slot": slot, "pid": linked.get(slot), "linked": slot in linked,
-                 "connections": self._memory.cells[self._memory.worker_base(slot)]}
-                for slot in range(self._ctx.plan.workers)
+                 "connections": self._memory.cells[self._memory.worker_base(slot)],
+                 "retiring": slot in self._retiring}
+                for slot in (*self._serving, *self._retiring)
             ],
             "apps": apps,
             "warnings": self._warnings(),
@@ -487,6 +536,29 @@ class Server:
             return self.domains.ca_path.read_bytes()
         except FileNotFoundError:
             return None
+
+
+class Turn:
+    """A change of workers that the supervisor was asked for, and its two answers."""
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+        loop = asyncio.get_running_loop()
+        self.bound: asyncio.Future[list[str]] = loop.create_future()
+        self.turned: asyncio.Future[list[str]] = loop.create_future()
+
+    def hear(self, message: dict[str, Any]) -> None:
+        faults = [str(fault) for fault in message.get("faults", ())]
+        for future in (self.bound, self.turned) if message["op"] == "turned" else (self.bound,):
+            if not future.done():
+                future.set_result(faults)
+
+    @staticmethod
+    async def faults(answer: asyncio.Future[list[str]], timeout_s: float) -> list[str]:
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), timeout_s)
+        except TimeoutError:
+            return [f"the supervisor has not answered within {timeout_s:g} s"]
 
 
 class Channel:
@@ -598,6 +670,14 @@ def _changes_json(changes: Changes, warnings: list[str]) -> dict[str, Any]:
         "added": list(changes.added), "changed": list(changes.changed), "removed": list(changes.removed),
         "warnings": warnings, "faults": [],
     }  # fmt: skip
+
+
+def _plain_faults(texts: list[str]) -> list[dict[str, Any]]:
+    """Faults that are not of a file's making."""
+    return [
+        {"file": "", "line": 0, "key": "", "value": "", "expectation": "", "did_you_mean": "", "text": one}
+        for one in texts
+    ]
 
 
 def _write_text(path: str, text: str) -> None:

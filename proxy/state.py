@@ -3,17 +3,26 @@
 Laid out as 8-byte aligned cells in a memfd that the supervisor makes and every child maps. A cell is written by one
 process only; others read it. So no increment is ever lost and no lock is needed, but for the one fence in `Load.admit`.
 The supervisor zeroes a dead worker's gauges after it has been reaped; counters that only grow stay.
+
+Every living worker has a row of its own. There are more rows than workers, so that workers which take over from others
+can serve beside them; sums go over the rows in use alone.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import struct
 import threading
 
+LAYOUT = 2  # of this memory: processes that share it agree on it, or one of them leaves
 MACHINE_SLOTS = 65_536
 APP_SLOTS = 16_384
 _LINE = 8  # cells in a cache line
+
+# Cells of the header: the layout is the first, the number of rows the second.
+_IN_USE = 2
+_EVER_USED = 3
 
 # Cells of a worker's own block.
 WORKER_CELLS = 64
@@ -57,29 +66,54 @@ A_WAKES = 106  # requests that waited for a machine to start
 
 
 class SharedMemory:
-    """The map and where things are in it. Sizes follow from the number of workers alone.
+    """The map and where things are in it. Sizes follow from the number of rows alone, which the memory itself tells.
 
     `cells` is the whole as signed 64-bit integers. The file is sparse: pages never written cost nothing.
+    Raises ValueError for a memory of another layout.
     """
 
-    def __init__(self, fd: int, workers: int) -> None:
-        self.workers = workers
-        self._heartbeats = 0
-        self._workers = (workers + 1) * _LINE
-        self._load = self._workers + workers * WORKER_CELLS
-        self._apps = self._load + workers * MACHINE_SLOTS * 2
-        self._queues = self._apps + workers * APP_SLOTS * APP_CELLS
-        self.size = (self._queues + workers * APP_SLOTS) * 8
+    def __init__(self, fd: int) -> None:
+        header: tuple[int, int] = struct.unpack("2q", os.pread(fd, 16, 0).ljust(16, b"\0"))
+        layout, rows = header
+        if layout != LAYOUT:
+            raise ValueError(f"the shared memory is of layout {layout}, this program's is {LAYOUT}")
+        self.rows = rows
+        self._heartbeats = _LINE
+        self._workers = self._heartbeats + (rows + 1) * _LINE
+        self._load = self._workers + rows * WORKER_CELLS
+        self._apps = self._load + rows * MACHINE_SLOTS * 2
+        self._queues = self._apps + rows * APP_SLOTS * APP_CELLS
+        self.size = (self._queues + rows * APP_SLOTS) * 8
         if os.fstat(fd).st_size < self.size:
             os.ftruncate(fd, self.size)
         self._map = mmap.mmap(fd, self.size)
         self.cells = memoryview(self._map).cast("q")
 
     @staticmethod
-    def create(workers: int) -> tuple[int, SharedMemory]:
-        """A new, zeroed memory; the descriptor is inheritable by fork and closed on exec."""
+    def create(workers: int, rows: int = 0) -> tuple[int, SharedMemory]:
+        """A new, zeroed memory with the first `workers` rows in use, of `rows` in all.
+
+        The descriptor is inheritable by fork and closed on exec.
+        """
         fd = os.memfd_create("wakefront", os.MFD_CLOEXEC)
-        return fd, SharedMemory(fd, workers)
+        os.pwrite(fd, struct.pack("2q", LAYOUT, max(workers, rows)), 0)
+        memory = SharedMemory(fd)
+        memory.use_rows(workers)
+        return fd, memory
+
+    @property
+    def rows_in_use(self) -> int:
+        """Rows that may have a living worker: all below this number."""
+        return self.cells[_IN_USE]
+
+    @property
+    def rows_ever_used(self) -> int:
+        return self.cells[_EVER_USED]
+
+    def use_rows(self, number: int) -> None:
+        """For the supervisor, before the fork of a worker in a higher row, or when the highest ones are free."""
+        self.cells[_IN_USE] = number
+        self.cells[_EVER_USED] = max(number, self.cells[_EVER_USED])
 
     # heartbeats: monotonic nanoseconds, written by the child itself
     def beat(self, index: int, now_ns: int) -> None:
@@ -106,18 +140,26 @@ class SharedMemory:
 
     def in_flight(self, slot: int) -> int:
         """Requests (or connections) in flight on a machine, over all workers."""
-        return sum(self.cells[self._load + slot * 2 : self._apps : MACHINE_SLOTS * 2])
+        cells = self.cells
+        first = self._load + slot * 2
+        return sum(cells[first : first + cells[_IN_USE] * (MACHINE_SLOTS * 2) : MACHINE_SLOTS * 2])
+
+    def waiting(self, app_slot: int) -> int:
+        """Not 0 if requests of an app wait in any worker: the sum of its queue cells."""
+        cells = self.cells
+        first = self._queues + app_slot
+        return sum(cells[first : first + cells[_IN_USE] * APP_SLOTS : APP_SLOTS])
 
     def admitted(self, slot: int) -> int:
         """Requests ever admitted to a machine slot. It only grows, so a difference means there was traffic."""
         first = self._load + slot * 2 + 1
-        return sum(self.cells[first + worker * MACHINE_SLOTS * 2] for worker in range(self.workers))
+        return sum(self.cells[first + worker * MACHINE_SLOTS * 2] for worker in range(self.rows_ever_used))
 
     def app_total(self, app_slot: int, cell: int) -> int:
-        return sum(self.cells[self.app_base(worker, app_slot) + cell] for worker in range(self.workers))
+        return sum(self.cells[self.app_base(worker, app_slot) + cell] for worker in range(self.rows_ever_used))
 
     def worker_total(self, cell: int) -> int:
-        return sum(self.cells[self.worker_base(worker) + cell] for worker in range(self.workers))
+        return sum(self.cells[self.worker_base(worker) + cell] for worker in range(self.rows_ever_used))
 
     def clear_worker(self, worker: int) -> None:
         """Zero a reaped worker's gauges: its load column's in-flight cells and its connection count."""

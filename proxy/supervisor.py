@@ -9,9 +9,13 @@ control's Unix listener, and the ends of machines whose control has died (see or
 
     SERVING --SIGTERM, SIGINT--> DRAINING (workers finish) --all ended--> STOPPING (control stops machines) --> ENDED
 
-A place is control or a worker slot; a child is the process in it. A place whose child has ended is filled again at
+A place is control or a worker's; a child is the process in it. A place whose child has ended is filled again at
 once, later if it keeps failing. A child says `ready` once over its channel and beats shared memory from its loop; one
 whose beat stands still for `STALE_S` is killed. It waits in `Supervisor._turn` alone.
+
+While it serves, the workers may be replaced by others on the same sockets (turnover.py): when a reload changes what is
+listened on or how many workers there are, and in an upgrade, in which the supervisor becomes another program first
+(succession.py).
 
 Exit status: 0 drained, 1 the drain was cut short, 2 an address can't be bound or another supervisor holds data_dir.
 """
@@ -31,17 +35,29 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, NoReturn, TypeVar
 
-from proxy.binding import BindError, bind_all
+from proxy.binding import BindError, Bindings, bind_all
 from proxy.children import ENDED_WELL, Child, Place, become_subreaper, fork, set_process_name
 from proxy.orphans import Orphans
-from proxy.process import ChildContext, ListenAddress, ListenSocket, ServePlan
+from proxy.process import ChildContext, ServePlan
 from proxy.rundir import RunDir, RunDirError
 from proxy.state import SharedMemory
+from proxy.succession import (
+    REQUEST_FILE,
+    RESULT_FILE,
+    Request,
+    SuccessionError,
+    Trial,
+    become,
+    read_request,
+    take_over,
+    trial_facts,
+)
 from proxy.tickets import new_base_context
+from proxy.turnover import START_S, Done, Turnover, free_rows
 
 STALE_S = 3.0  # a beat this old means frozen or blocked
 FIRST_BEAT_S = 20.0  # a child may take this long to start
@@ -53,8 +69,11 @@ HURRIED_STOP_S = 10.0  # after a second SIGTERM or SIGINT
 STOP_ATTEMPTS = 4  # controls that may fail at stopping machines
 UNCLEAN_PATIENCE_S = 1.0  # children of a killed supervisor end within this
 ORPHAN_SCAN_S = 5.0  # without any SIGCHLD
+LEAVE_S = 5.0  # for a control that is to make room for another
+CONTROL_START_S = 30.0  # for that other one to become ready
+LEAST_ROWS = 32  # of shared memory, so many workers may live at a time: those that serve, start and retire
 EXIT_CANNOT_START = 2
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR2)
 
 T = TypeVar("T")
 
@@ -72,6 +91,10 @@ def exec_supervisor(plan: ServePlan) -> NoReturn:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["--trial"]:
+        return _try(argv[1:])
+    if argv[:1] == ["--resume-fd"]:
+        return _resume(int(argv[1]))
     plan = _read_plan(argv)
     try:
         supervisor = Supervisor(plan)
@@ -92,6 +115,45 @@ def _read_plan(argv: list[str]) -> ServePlan:
     raise SystemExit("usage: python -m proxy.supervisor --plan-fd N | --plan JSON   (use `wakefront serve`)")
 
 
+def _try(argv: list[str]) -> int:
+    """Whether this program could take over: all that it is made of can be loaded, and the plan can be read."""
+    _read_plan(argv)
+    for module in ("server", "worker"):
+        importlib.import_module(f"{_roles()}.{module}")
+    new_base_context()
+    print(trial_facts(), flush=True)
+    return 0
+
+
+def _resume(fd: int) -> int:
+    """Go on where another program was. What fails before all is taken over is put back."""
+    become_subreaper()
+    handed = take_over(fd)
+    try:
+        supervisor = Supervisor(ServePlan.from_json(json.dumps(handed["plan"])), handed)
+    except Exception as error:
+        former = handed["former"]
+        if former is None:
+            raise
+        why = f"the new program could not take over: {error!r}"
+        handed |= {"failed": why, "former": None}
+        become(former["python"], former["environ"], handed, _handed_descriptors(handed), _SIGNALS)
+    return supervisor.run()
+
+
+def _handed_descriptors(handed: dict[str, Any]) -> list[int]:
+    found: list[int] = [handed["shared_fd"], handed["control_listener"], handed["lock_fd"]]
+    found += [fd for bound in handed["bindings"]["bound"] for slot in bound["slots"] for fd in slot]
+    for place in [handed["control"], *handed["workers"], *handed["retired"]]:
+        if place["child"] is not None:
+            found += [place["child"]["pidfd"], place["child"]["channel"]]
+    return found
+
+
+def _roles() -> str:
+    return os.environ.get("WAKEFRONT_ROLES", "proxy")
+
+
 class Stage(enum.Enum):
     SERVING = "serving"
     DRAINING = "draining"
@@ -102,49 +164,80 @@ class Stage(enum.Enum):
 class Supervisor:
     """Holds what outlives the children, and keeps every place filled."""
 
-    def __init__(self, plan: ServePlan) -> None:
+    def __init__(self, plan: ServePlan, handed: dict[str, Any] | None = None) -> None:
+        """`handed`: what the program that this process was before has left (succession.py)."""
         self.plan = plan
         self.stage = Stage.SERVING
         self._pid = os.getpid()
         become_subreaper()
         set_process_name("wakefront")
-        self._roles = os.environ.get("WAKEFRONT_ROLES", "proxy")
-        self._notify_socket = os.environ.pop("NOTIFY_SOCKET", None)
+        self._roles = _roles()
         self._unsaid: deque[str] = deque()  # to systemd
-        self._run_dir = RunDir(plan)
-        try:
-            patience_s = UNCLEAN_PATIENCE_S if self._run_dir.was_left_behind else 0.0
-            self._listeners: list[list[ListenSocket]] = bind_all(plan.listen, plan.workers, patience_s, plan.admin)
-            self._control_listener = self._run_dir.listen()
-        except (BindError, RunDirError):
-            self._run_dir.clear()
-            raise
-        self._shared_fd, self._memory = SharedMemory.create(plan.workers)
+        self._retired: list[Place] = []
+        self._turnover: Turnover | None = None
+        self._upgrade: Request | None = None  # under way
+        self._trial: Trial | None = None
+        self._former: dict[str, Any] | None = None  # the program to go back to if this one fails: python, environ
+        self._leave_by: float | None = None  # the control of the former program has until then to make room
+        self._control_by: float | None = None  # and ours until then to become ready
+        self._announced_ready = False
+        self._incarnations: dict[int, int] = {}  # of workers, by row
         self._tls_context = new_base_context()  # before any fork: sessions resume at every worker
-        self._places = [Place("control", 0, 0), *(Place("worker", slot, 1 + slot) for slot in range(plan.workers))]
-        self._control = self._places[0]
-        self._workers = self._places[1:]
+        if handed is None:
+            self._begin(plan)
+        else:
+            self._take_over(handed)
         self._orphans = Orphans()
         self._orphans_due = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
-        self._announced_ready = False
         self._watched_at = time.monotonic()
+        self._watchdog_due = 0.0
         self._deadline: float | None = None  # of the drain or the stop
         self._hurried = False
         self._stops_failed = 0
         self._cut_short = False
         self._lines_lost = 0
+        for place in self._places:
+            if place.child is not None:
+                self._watch_child(place, place.child)
+        if handed is not None:
+            self._resumed(handed)
+
+    def _begin(self, plan: ServePlan) -> None:
+        """A node that did not run: bind, and share memory. Raises BindError and RunDirError."""
+        self._notify_socket = os.environ.pop("NOTIFY_SOCKET", None)
+        self._watchdog_s = _watchdog_s()
+        self._run_dir = RunDir(plan)
+        try:
+            patience_s = UNCLEAN_PATIENCE_S if self._run_dir.was_left_behind else 0.0
+            self._bindings = bind_all(plan.listen, plan.workers, patience_s, plan.admin)
+            self._control_listener = self._run_dir.listen()
+        except (BindError, RunDirError):
+            self._run_dir.clear()
+            raise
+        self._shared_fd, self._memory = SharedMemory.create(plan.workers, max(LEAST_ROWS, 4 * plan.workers))
+        self._control = Place("control", 0, 0)
+        self._workers = self._new_places(plan, range(plan.workers))
+        for place in self._places:
+            place.start_at = time.monotonic()
+
+    @staticmethod
+    def _new_places(plan: ServePlan, rows: Iterable[int]) -> list[Place]:
+        return [Place("worker", row, 1 + row, number, plan.workers) for number, row in enumerate(rows)]
+
+    @property
+    def _places(self) -> list[Place]:
+        starting = self._turnover.places if self._turnover is not None else []
+        return [self._control, *self._workers, *starting, *self._retired]
 
     # --- the loop
 
     def run(self) -> int:
         """Serve until drained; the exit status."""
         self._take_signals()
-        bound = [f"{one['host']}:{one['port']} ({one['public_port']})" for one in self._bound()]
+        bound = [f"{one.host}:{one.port} ({one.public_port})" for one in self._bindings.addresses()]
         self._log("info", f"pid {self._pid}, {self.plan.workers} workers, listening on {', '.join(bound) or 'nothing'}")
-        for place in self._places:
-            place.start_at = time.monotonic()
         while self.stage is not Stage.ENDED:
             self._turn()
         self._end()
@@ -157,7 +250,11 @@ class Supervisor:
         now = time.monotonic()
         self._surely(self._watch, now)
         self._surely(self._scan_orphans, now)
+        self._surely(self._advance_upgrade, now)
+        self._surely(self._advance_turnover, now)
+        self._surely(self._end_retired, now)
         self._surely(self._advance, now)
+        self._surely(self._feed_watchdog, now)
         self._surely(self._notify_on, now)
         for place in self._places:
             if place.start_at is not None and place.start_at <= now:
@@ -174,8 +271,9 @@ class Supervisor:
     def _wait_s(self) -> float:
         deadlines = [self._watched_at + WATCH_S, self._orphans_due]
         deadlines += [place.start_at for place in self._places if place.start_at is not None]
-        if self._deadline is not None:
-            deadlines.append(self._deadline)
+        if self._turnover is not None:
+            deadlines.append(self._turnover.due_at)
+        deadlines += [one for one in (self._deadline, self._leave_by, self._control_by) if one is not None]
         return max(0.0, min(deadlines) - time.monotonic())
 
     def _watch(self, now: float) -> None:
@@ -218,6 +316,8 @@ class Supervisor:
             self._orphans_due = min(self._orphans_due, time.monotonic() + self._orphans.pause_s)
         if signal.SIGHUP in came:
             self._reload()
+        if signal.SIGUSR2 in came:
+            self._begin_upgrade()
         if signal.SIGTERM in came or signal.SIGINT in came:
             self._drain()
 
@@ -241,13 +341,19 @@ class Supervisor:
         self._deadline = now + self.plan.drain_timeout_s + DRAIN_MARGIN_S
         self._log("info", f"draining: workers have {self.plan.drain_timeout_s:g} s to finish their requests")
         self._notify("STOPPING=1")
-        for place in self._workers:
+        if self._upgrade is not None and self._trial is None:
+            self._tell_upgrade(self._upgrade, "failed", "the node ends")
+            self._upgrade = self._former = self._control_by = None
+        if self._turnover is not None:
+            self._give_up_turnover("the node ends")
+        for place in [*self._workers, *self._retired]:
             place.start_at = None
             if place.child is not None:
-                self._send(place.child, {"op": "drain"})
+                self._send(place.child, {"op": "drain", "timeout_s": self.plan.drain_timeout_s})
                 place.child.signal(signal.SIGTERM)
         # From here the workers alone decide how long an address still accepts.
-        self._close_listeners()
+        self._bindings.close()
+        self._bindings = Bindings()
         self._changed()
 
     def _hurry(self, now: float) -> None:
@@ -264,7 +370,7 @@ class Supervisor:
         """Go on with the drain when its stage is over."""
         overdue = self._deadline is not None and now >= self._deadline
         if self.stage is Stage.DRAINING:
-            left = [place for place in self._workers if place.child is not None]
+            left = [place for place in [*self._workers, *self._retired] if place.child is not None]
             if left and not overdue:
                 return
             late = [child for place in left if (child := place.child) is not None and not child.killed]
@@ -304,6 +410,8 @@ class Supervisor:
         """Fork the next child of a place. What can't be started is tried again later."""
         place.start_at = None
         place.incarnation += 1
+        if place.role == "worker":  # a row goes from hand to hand
+            place.incarnation = self._incarnations[place.slot] = self._incarnations.get(place.slot, 0) + 1
         now = time.monotonic()
         self._memory.beat(place.index, 0)
         try:
@@ -319,6 +427,7 @@ class Supervisor:
         if place is self._control:
             self._orphans.tell_again()
             self._orphans_due = now
+            self._tell_rows()
             if self.stage is Stage.STOPPING:
                 self._send(child, {"op": "drain"})
         self._changed()
@@ -327,16 +436,20 @@ class Supervisor:
         """A new child whose end we shall hear of. Raises OSError or MemoryError; then there is none."""
         child = fork(place, lambda channel: self._become(place, channel))
         try:
-            self._selector.register(child.pidfd, selectors.EVENT_READ, lambda mask: self._on_end(place, child))
-            self._selector.register(
-                child.channel, selectors.EVENT_READ, lambda mask: self._on_channel(place, child, mask)
-            )
+            self._watch_child(place, child)
         except BaseException:  # as the kernel's limit of watches: a child that can't be watched must not live
             if child.pidfd in self._selector.get_map():
                 self._selector.unregister(child.pidfd)
             child.end()
             raise
         return child
+
+    def _watch_child(self, place: Place, child: Child) -> None:
+        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda mask: self._on_end(place, child))
+        if not child.gone_quiet:
+            self._selector.register(
+                child.channel, selectors.EVENT_READ, lambda mask: self._on_channel(place, child, mask)
+            )
 
     def _become(self, place: Place, channel: socket.socket) -> int:
         """In the child: leave the supervisor behind and run the role."""
@@ -347,14 +460,20 @@ class Supervisor:
 
     def _context(self, place: Place, channel: socket.socket) -> ChildContext:
         is_control = place.role == "control"
+        turnover = self._turnover
+        starting = turnover if turnover is not None and place in turnover.places else None
+        bindings = self._bindings if starting is None else starting.bindings
+        plan = self.plan if starting is None else starting.plan
+        if is_control and self._upgrade is not None:
+            plan = ServePlan.from_json(self._upgrade.plan)
         return ChildContext(
             role=place.role,
             slot=place.slot,
             index=place.index,
             incarnation=place.incarnation,
-            plan=self.plan,
+            plan=plan,
             shared_fd=self._shared_fd,
-            listeners=[] if is_control or not self._listeners else self._listeners[place.slot],
+            listeners=[] if is_control else bindings.listeners(place.number, place.workers),
             control_listener=self._control_listener if is_control else None,
             channel=channel,
             tls_context=self._tls_context,
@@ -370,10 +489,13 @@ class Supervisor:
             if place.child is not None:
                 place.child.close()
                 place.child = None
-        for held in self._listeners:
-            if held is not context.listeners:
-                for listener in held:
-                    listener.socket.close()
+        own = {id(one.socket) for one in context.listeners}
+        bound = self._bindings.sockets() + (self._turnover.bindings.sockets() if self._turnover is not None else [])
+        for sock in bound:
+            if id(sock) not in own:
+                sock.close()
+        if self._trial is not None:
+            self._trial.close()
         if context.control_listener is None:
             self._control_listener.close()
         gc.freeze()  # what was made before the fork is never garbage here: spare its pages
@@ -393,9 +515,16 @@ class Supervisor:
         now = time.monotonic()
         lived = now - child.started_at
         stopping = self.stage is not Stage.SERVING
-        self._cut_short |= stopping and child.killed and place is not self._control
+        self._cut_short |= stopping and child.killed and child.ready and place is not self._control
         done = self.stage is Stage.STOPPING and how == ENDED_WELL
-        if not stopping or (place is self._control and not done):
+        if place in self._retired:
+            self._forget(place, f"{place.name} (pid {child.pid}), which others had taken over from, {how}")
+        elif self._turnover is not None and place in self._turnover.places:
+            self._turnover.fault = f"{place.name} {how} after {lived:.1f} s"
+            self._log("error", self._turnover.fault)
+        elif place is self._control and self._control_ended(now, how) and not stopping:
+            pass
+        elif not stopping or (place is self._control and not done):
             self._replace(place, now, place.after_death(lived, child.ready), f"{how} after {lived:.1f} s")
         else:
             self._log("info", f"{place.name} (pid {child.pid}) {how}")
@@ -412,7 +541,7 @@ class Supervisor:
         for place in self._workers:
             covered = place.covered_by is not None and place.covered_by in live
             if place.cannot_start and not covered and live:
-                held = self._listeners[place.slot]
+                held = self._bindings.listeners(place.number, place.workers)
                 message = {"op": "cover", "slot": place.slot, "public_ports": [one.public_port for one in held]}
                 if live[0].send_sockets(message, [one.socket for one in held]):
                     place.covered_by = live[0]
@@ -433,6 +562,312 @@ class Supervisor:
         again = f"starting again in {delay:g} s" if delay else "starting it again"
         self._log("error", f"{place.name} {how}; {again}")
         place.start_at = now + delay
+
+    # --- new workers for old
+
+    def _replace_workers(self, plan: ServePlan, done: Done) -> list[str]:
+        """Have workers of this plan take over; `done` is told how it went. Why that can't begin, if it can't."""
+        if self.stage is not Stage.SERVING:
+            return ["the node is ending"]
+        if self._turnover is not None:
+            return ["the workers are being replaced already: try again when that is done"]
+        rows = free_rows(
+            plan.workers, self._memory.rows, (place.slot for place in self._places if place.role != "control")
+        )
+        if len(rows) < plan.workers:
+            return [
+                f"there is no room for {plan.workers} more workers, {len(self._retired)} still keep connections after "
+                f"earlier changes: wait for them ([node] retire_timeout), or restart the service"
+            ]
+        try:
+            bindings = bind_all(plan.listen, plan.workers, held=self._bindings)
+        except BindError as error:
+            return str(error).splitlines()
+        now = time.monotonic()
+        places = self._new_places(plan, rows)
+        for place in places:
+            place.start_at = now
+        self._memory.use_rows(max(self._memory.rows_in_use, 1 + max(rows)))
+        self._turnover = Turnover(plan, bindings, places, now + START_S, done)
+        self._log("info", f"{len(places)} new workers start, to take over from {len(self._workers)}")
+        return []
+
+    def _advance_turnover(self, now: float) -> None:
+        turnover = self._turnover
+        if turnover is None or (verdict := turnover.judge(now)) is None:
+            return
+        if verdict:
+            self._finish_turnover(turnover)
+        else:
+            self._log("error", f"the new workers do not take over: {turnover.fault}")
+            self._give_up_turnover(turnover.fault)
+
+    def _finish_turnover(self, turnover: Turnover) -> None:
+        old, former = self._workers, self._bindings
+        self._turnover = None
+        self._workers, self._bindings, self.plan = turnover.places, turnover.bindings, turnover.plan
+        for place in old:
+            place.covered_by = None
+            self._retire(place, self.plan.retire_timeout_s)
+        former.close(keep=self._bindings)
+        self._log("info", f"{len(self._workers)} new workers have taken over")
+        self._told_turned(turnover, [])
+
+    def _give_up_turnover(self, why: str) -> None:
+        """The new workers go, and what only they were to listen on. They may have accepted clients, who are served."""
+        turnover = self._turnover
+        assert turnover is not None
+        self._turnover = None
+        for place in turnover.places:
+            self._retire(place, self.plan.drain_timeout_s)
+        turnover.bindings.close(keep=self._bindings)
+        self._told_turned(turnover, [why])
+
+    def _told_turned(self, turnover: Turnover, faults: list[str]) -> None:
+        self._fit_rows()
+        self._tell_rows()
+        self._changed()
+        turnover.done(faults)
+
+    def _retire(self, place: Place, timeout_s: float) -> None:
+        """Let a worker finish with the connections it has. It is not replaced."""
+        place.start_at = None
+        if place.child is None:
+            return
+        self._retired.append(place)
+        place.retire_by = time.monotonic() + timeout_s + DRAIN_MARGIN_S
+        if place.child.ready:
+            self._send(place.child, {"op": "retire", "timeout_s": timeout_s})
+        else:
+            place.child.kill()
+
+    def _end_retired(self, now: float) -> None:
+        if self.stage is not Stage.SERVING:
+            return
+        for place in self._retired:
+            child = place.child
+            if child is not None and not child.killed and place.retire_by is not None and now >= place.retire_by:
+                self._log("warning", f"{place.name} (pid {child.pid}) did not finish in time; killing it")
+                child.kill()
+
+    def _forget(self, place: Place, how: str) -> None:
+        """A retired worker has ended, and its row is free."""
+        self._retired.remove(place)
+        self._memory.beat(place.index, 0)
+        self._fit_rows()
+        self._tell_rows()
+        self._log("info", how)
+
+    def _fit_rows(self) -> None:
+        """Sums go over the rows in use: no more than there have to be."""
+        self._memory.use_rows(1 + max((place.slot for place in self._places if place.role == "worker"), default=0))
+
+    def _tell_rows(self) -> None:
+        if self._control.child is None or self._leave_by is not None:
+            return
+        serving = [place.slot for place in self._workers]
+        retiring = [place.slot for place in self._retired]
+        self._send(self._control.child, {"op": "workers", "rows": serving, "retiring": retiring})
+
+    def _hear_plan(self, child: Child, message: dict[str, Any]) -> None:
+        """Control has read a configuration that changes what is the supervisor's."""
+        plan = ServePlan.from_json(json.dumps(message["plan"]))
+        if message["op"] == "plan":
+            self.plan = plan
+            return
+        number = message["id"]
+
+        def done(faults: list[str]) -> None:
+            if self._control.child is child:
+                self._send(child, {"op": "turned", "id": number, "faults": faults})
+
+        if faults := self._replace_workers(plan, done):
+            done(faults)
+        else:
+            self._send(child, {"op": "bound", "id": number})
+
+    # --- upgrade: this process becomes another program, which takes over and goes on, or goes back
+
+    def _begin_upgrade(self) -> None:
+        """What run_dir/upgrade.json asks for is tried in a process of its own; nothing changes before it has passed."""
+        try:
+            request = read_request(self._run_dir.path_of(REQUEST_FILE))
+        except SuccessionError as error:
+            self._log("error", f"SIGUSR2: {error}")
+            return
+        try:
+            if self.stage is not Stage.SERVING:
+                raise SuccessionError("the node is ending")
+            if self._upgrade is not None or self._turnover is not None:
+                raise SuccessionError("a change of workers or program is under way: try again when that is done")
+            self._trial = Trial(request)
+        except SuccessionError as error:
+            self._tell_upgrade(request, "failed", str(error))
+            return
+        trial = self._trial
+        self._selector.register(trial.pidfd, selectors.EVENT_READ, lambda mask: self._judge_trial(request, trial))
+        self._selector.register(trial.output, selectors.EVENT_READ, lambda mask: self._hear_trial(trial))
+        self._upgrade = request
+        self._tell_upgrade(request, "trial")
+
+    def _hear_trial(self, trial: Trial) -> None:
+        if trial.read():
+            self._selector.unregister(trial.output)
+
+    def _judge_trial(self, request: Request, trial: Trial) -> None:
+        self._selector.unregister(trial.pidfd)
+        if trial.output in self._selector.get_map():
+            self._selector.unregister(trial.output)
+        self._trial = None
+        try:
+            trial.judge()
+            if self.stage is not Stage.SERVING:
+                raise SuccessionError("the node is ending")
+            self._tell_upgrade(request, "exec")
+            former = {"python": sys.executable, "environ": dict(os.environ)}
+            handed = self._handed() | {"upgrade": asdict(request), "former": former}
+            become(request.python, os.environ, handed, _handed_descriptors(handed), _SIGNALS)
+        except (SuccessionError, OSError) as error:
+            self._upgrade = None
+            self._tell_upgrade(request, "failed", str(error))
+
+    def _handed(self) -> dict[str, Any]:
+        """All that the next program needs of this one."""
+        return {
+            "plan": asdict(self.plan),
+            "upgrade": None,
+            "former": None,
+            "failed": "",
+            "bindings": self._bindings.to_state(),
+            "shared_fd": self._shared_fd,
+            "control_listener": self._control_listener.fileno(),
+            "lock_fd": self._run_dir.lock_fd,
+            "control": self._control.to_state(),
+            "workers": [place.to_state() for place in self._workers],
+            "retired": [place.to_state() for place in self._retired],
+            "incarnations": self._incarnations,
+            "announced_ready": self._announced_ready,
+            "notify_socket": self._notify_socket,
+            "watchdog_s": self._watchdog_s,
+        }
+
+    def _take_over(self, handed: dict[str, Any]) -> None:
+        """Hold what the program before held. Descriptors become ours alone again."""
+        self._memory = SharedMemory(handed["shared_fd"])
+        for descriptor in _handed_descriptors(handed):
+            os.set_inheritable(descriptor, False)
+        now = time.monotonic()
+        self._shared_fd = handed["shared_fd"]
+        self._control_listener = socket.socket(fileno=handed["control_listener"])
+        self._run_dir = RunDir(self.plan, handed["lock_fd"])
+        self._bindings = Bindings.from_state(handed["bindings"])
+        self._control = Place.from_state(dict(handed["control"]), now)
+        self._workers = [Place.from_state(dict(one), now) for one in handed["workers"]]
+        self._retired = [Place.from_state(dict(one), now) for one in handed["retired"]]
+        self._incarnations = {int(row): number for row, number in handed["incarnations"].items()}
+        self._announced_ready = handed["announced_ready"]
+        self._notify_socket, self._watchdog_s = handed["notify_socket"], handed["watchdog_s"]
+        self._former = handed["former"]
+        self._upgrade = Request(**handed["upgrade"]) if handed["upgrade"] is not None else None
+
+    def _resumed(self, handed: dict[str, Any]) -> None:
+        """After the exec, before the first turn: the former control makes room, or we are the program put back."""
+        request, now = self._upgrade, time.monotonic()
+        if request is None:
+            return
+        if handed["failed"]:
+            self._upgrade = None
+            self._tell_upgrade(request, "rolled back", handed["failed"])
+            if self._control.child is None:
+                self._control.start_at = now
+            return
+        self._tell_upgrade(request, "control")
+        if self._control.child is None:
+            self._start_new_control(now)
+        else:
+            self._send(self._control.child, {"op": "leave"})
+            self._leave_by = now + LEAVE_S
+
+    def _start_new_control(self, now: float) -> None:
+        self._leave_by = None
+        self._control.start_at = now
+        self._control.failures = 0
+        self._control_by = now + CONTROL_START_S
+
+    def _control_ended(self, now: float, how: str) -> bool:
+        """Whether the upgrade goes on from here: the former control has made room, or the new one has failed."""
+        if self._leave_by is not None:
+            self._start_new_control(now)
+            return True
+        if self._control_by is not None:
+            self._put_back(f"its control {how}")
+            return True
+        return False
+
+    def _advance_upgrade(self, now: float) -> None:
+        if self._trial is not None and now >= self._trial.deadline:
+            self._trial.kill()
+        child = self._control.child
+        if self._leave_by is not None and now >= self._leave_by and child is not None and not child.killed:
+            child.kill()  # it loses nothing by that: machines outlive it
+        if self._control_by is None or self._upgrade is None:
+            return
+        if child is not None and child.ready:
+            self._control_by = None
+            self._tell_upgrade(self._upgrade, "workers")
+            if faults := self._replace_workers(ServePlan.from_json(self._upgrade.plan), self._upgrade_turned):
+                self._put_back("; ".join(faults))
+        elif now >= self._control_by:
+            self._put_back(f"its control did not become ready within {CONTROL_START_S:g} s")
+
+    def _upgrade_turned(self, faults: list[str]) -> None:
+        request = self._upgrade
+        if request is None:  # the node ends
+            return
+        if faults:
+            self._put_back("; ".join(faults))
+            return
+        self._upgrade = self._former = None
+        self._tell_upgrade(request, "done")
+
+    def _put_back(self, why: str) -> None:
+        """Become the former program again: its workers have served all the time."""
+        request, former = self._upgrade, self._former
+        self._upgrade = self._former = self._control_by = self._leave_by = None
+        assert request is not None
+        self._log("error", f"the new program failed and is put back: {why}")
+        self._end_control_now()
+        self._control.start_at = time.monotonic()
+        if former is None or self.stage is not Stage.SERVING:
+            self._tell_upgrade(request, "failed", why)
+            return
+        handed = self._handed() | {"upgrade": asdict(request), "failed": why}
+        try:
+            become(former["python"], former["environ"], handed, _handed_descriptors(handed), _SIGNALS)
+        except OSError as error:
+            self._tell_upgrade(request, "failed", f"{why}; and the former program can't be run: {error}")
+
+    def _end_control_now(self) -> None:
+        """Kill control and wait for its end, for two must not live at a time."""
+        child = self._control.child
+        if child is None:
+            return
+        child.kill()
+        select.select([child.pidfd], [], [], DRAIN_MARGIN_S)
+        if child.reap() is None:
+            raise OSError(f"control, pid {child.pid}, does not end")
+        self._selector.unregister(child.pidfd)
+        if not child.gone_quiet:
+            self._selector.unregister(child.channel)
+        child.close()
+        self._control.child = None
+
+    def _tell_upgrade(self, request: Request, stage: str, detail: str = "") -> None:
+        level = "error" if stage in ("failed", "rolled back") else "info"
+        self._log(level, f"upgrade to {request.version} ({request.python}): {stage}{': ' if detail else ''}{detail}")
+        result = {"id": request.id, "version": request.version, "stage": stage, "detail": detail}
+        self._write(RESULT_FILE, json.dumps(result) + "\n")
+        self._changed()
 
     # --- channels
 
@@ -485,6 +920,8 @@ class Supervisor:
             if not self._orphans.reap(pid):
                 self._log("warning", f"control asked to reap pid {pid}, which is no ended orphan")
             self._tell_orphans()
+        elif op in ("turn", "plan") and place is self._control:
+            self._hear_plan(child, message)
         # Other operations are of a newer peer, and ignored.
 
     # --- orphans
@@ -495,14 +932,17 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])  # before the scan: an end during it counts
         self._orphans_due = now + ORPHAN_SCAN_S
         reaped = self._orphans.reaped_unasked
-        self._orphans.scan({place.child.pid for place in self._places if place.child is not None})
+        own = {place.child.pid for place in self._places if place.child is not None}
+        if self._trial is not None:
+            own.add(self._trial.pid)
+        self._orphans.scan(own)
         if self._orphans.reaped_unasked > reaped:
             self._log("warning", f"{self._orphans.reaped_unasked} stray processes in all were reaped without a record")
         self._tell_orphans()
 
     def _tell_orphans(self) -> None:
         child = self._control.child
-        if child is None:
+        if child is None or self._leave_by is not None:
             return
         while (end := self._orphans.next_to_tell()) is not None:
             if not child.send_now({"op": "exited", "pid": end.pid, "code": end.code, "signal": end.signal}):
@@ -513,7 +953,9 @@ class Supervisor:
     # --- what others can see
 
     def _announce_ready(self) -> None:
-        if self._announced_ready or not all(place.child and place.child.ready for place in self._places):
+        if self._announced_ready or not all(
+            place.child and place.child.ready for place in (self._control, *self._workers)
+        ):
             return
         self._announced_ready = True
         self._write("ready", f"{self._pid}\n")
@@ -529,28 +971,32 @@ class Supervisor:
                 "pid": place.child.pid,
                 "incarnation": place.incarnation,
                 "ready": place.child.ready,
+                "retiring": place in self._retired,
             }
             for place in self._places
             if place.child is not None
         ]
-        state = {"supervisor": self._pid, "stage": self.stage.value, "listen": self._bound(), "children": children}
+        state = {
+            "supervisor": self._pid,
+            "program": sys.executable,
+            "stage": self.stage.value,
+            "takes": ["upgrade"],
+            "listen": [asdict(one) for one in self._bindings.addresses()],
+            "children": children,
+        }
         self._write("children.json", json.dumps(state) + "\n")
-
-    def _bound(self) -> list[dict[str, Any]]:
-        """The addresses as bound (a plan may say port 0)."""
-        if not self._listeners:
-            return []
-        found = []
-        for listener in self._listeners[0]:
-            host, port = listener.socket.getsockname()[:2]
-            found.append(asdict(ListenAddress(listener.public_port, host, port)))
-        return found
 
     def _write(self, name: str, text: str) -> None:
         try:
             self._run_dir.write(name, text)
         except OSError as error:  # a full disk must not stop the supervisor
             self._log("error", f"{name} can't be written: {error}")
+
+    def _feed_watchdog(self, now: float) -> None:
+        """WatchdogSec= of systemd: this loop goes on, and it is what watches all others."""
+        if self._watchdog_s and now >= self._watchdog_due and "WATCHDOG=1" not in self._unsaid:
+            self._watchdog_due = now + self._watchdog_s
+            self._notify("WATCHDOG=1")
 
     def _notify(self, state: str) -> None:
         """Tell systemd, if it asked (sd_notify(3))."""
@@ -590,11 +1036,11 @@ class Supervisor:
         except (OSError, ValueError):  # nobody can be told now
             self._lines_lost += 1
 
-    def _close_listeners(self) -> None:
-        for held in self._listeners:
-            for listener in held:
-                listener.socket.close()
-        self._listeners = []
+
+def _watchdog_s() -> float:
+    """How often systemd is told that we live: a third of what it waits; 0 = it did not ask (sd_watchdog_enabled(3))."""
+    text, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
+    return int(text) / 3e6 if text.isdigit() and pid in ("", str(os.getpid())) else 0.0
 
 
 def _noticed(number: int, frame: object) -> None:

@@ -66,6 +66,7 @@ FD_RESERVE = 512
 HANDED_MAX_S = 1.0  # from the moment a machine accepted a connection to its first use: longer, and it may be dropped
 _HANDED_ROOM = socket.CMSG_SPACE(4 * array("i").itemsize)  # what does not fit is closed by the kernel
 GOODBYE_WAIT_S = 2.5  # for tunnels told that the worker stops
+RETIRED_LINGER_S = 5.0  # a kept connection of a retired worker may bring one more request, whose answer ends it
 
 log = logging.getLogger("worker")
 
@@ -99,7 +100,7 @@ class Worker:
     def __init__(self, loop: asyncio.AbstractEventLoop, ctx: ChildContext) -> None:
         self._loop = loop
         self._ctx = ctx
-        self._memory = SharedMemory(ctx.shared_fd, ctx.plan.workers)
+        self._memory = SharedMemory(ctx.shared_fd)
         self._link = Link(self, ctx.plan.run_dir)
         self._mailbox = Mailbox(ctx.plan.run_dir, ctx.slot)
         self._handed: tuple[int, socket.socket] | None = None  # internal port and connection, for the record under way
@@ -107,7 +108,7 @@ class Worker:
         public_ports = {listener.public_port: listener.socket.getsockname()[1] for listener in ctx.listeners}
         self.edge = EdgeContext(
             loop, self._memory, ctx.slot, Settings(PROTOCOL, "", "local", ""), public_ports, self._link,
-            Path(ctx.plan.data_dir) / "spool", self._bells.ring,
+            Path(ctx.plan.data_dir) / "spool", self._bells.ring, ctx.plan.workers,
         )  # fmt: skip
         self._tell_edge = self.edge.table.on_machine
         self.edge.table.on_machine = self._on_known
@@ -121,6 +122,9 @@ class Worker:
         self._covered: dict[int, list[Listener]] = {}  # spare slots that we accept for, their worker can't start
         self._retired: list[Listener] = []
         self._stop = asyncio.Event()
+        self._let_go_at: float | None = None  # monotonic seconds, once this worker drains
+        self._hurried = asyncio.Event()  # that time has come nearer
+        self._linger_s = 0.0  # for connections that rest, once it retires
         self._loaded = asyncio.Event()
         self._next_beat = 0.0
 
@@ -166,25 +170,48 @@ class Worker:
             listener.stop()
             self._retired.append(listener)  # its connections stay until they end
 
+    def _let_go_in(self, timeout_s: float) -> None:
+        """Drain; connections have this long, or what they were promised before if that is less."""
+        at = monotonic() + timeout_s
+        if self._let_go_at is None or at < self._let_go_at:
+            self._let_go_at = at
+            self._hurried.set()
+        self._stop.set()
+
     async def _drain(self) -> None:
         """Finish what was begun; then end tunnels; then let go."""
+        if self._let_go_at is None:
+            self._let_go_at = monotonic() + self._ctx.plan.drain_timeout_s
         self.edge.draining = True
         for slot in list(self._covered):
             self._uncover(slot)
         listeners = self._listeners + self._retired
         for listener in listeners:
             listener.stop()
-            listener.drain()
-        deadline = self._ctx.plan.drain_timeout_s
-        try:
-            await asyncio.wait_for(self._gate.wait_empty(), deadline)
-        except TimeoutError:
+            listener.drain(self._linger_s)
+        begun = monotonic()
+        if not await self._emptied():
             for listener in listeners:
                 listener.end_tunnels()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._gate.wait_empty(), GOODBYE_WAIT_S)
             if self._gate.open:
-                log.warning("%d connections were cut after the drain timeout of %g s", self._gate.open, deadline)
+                log.warning(
+                    "%d connections were cut %.1f s after the drain began", self._gate.open, monotonic() - begun
+                )
+
+    async def _emptied(self) -> bool:
+        """Whether the last client connection has ended before its time was over."""
+        while (left := self._let_go_at - monotonic() if self._let_go_at is not None else 0.0) > 0:
+            self._hurried.clear()
+            empty, hurried = spawn(self._gate.wait_empty(), "drained"), spawn(self._hurried.wait(), "hurried")
+            await asyncio.wait((empty, hurried), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            done = empty.done()
+            empty.cancel()
+            hurried.cancel()
+            if done:
+                return True
+        return not self._gate.open
 
     def close(self) -> None:
         self._bells.close(self._loop)
@@ -223,7 +250,14 @@ class Worker:
         message = json.loads(data)
         match message.get("op"):
             case "drain":
-                self._stop.set()
+                self._linger_s = 0.0
+                for listener in self._listeners + self._retired if self.edge.draining else ():
+                    listener.drain()
+                self._let_go_in(message.get("timeout_s", self._ctx.plan.drain_timeout_s))
+            case "retire":
+                log.info("others accept now: keeping %d connections until they end", self._gate.open)
+                self._linger_s = RETIRED_LINGER_S
+                self._let_go_in(message["timeout_s"])
             case "cover":
                 sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
                 spawn(self._cover(message["slot"], message["public_ports"], sockets), "cover-slot")

@@ -22,7 +22,20 @@ COLUMNS: tuple[frozenset[str], ...] = (
     frozenset({"model", "errors", "process", "tickets", "compiled"}),
     frozenset({"wire", "decide", "config"}),
     frozenset(
-        {"state", "ipc", "clock", "metrics", "namespace", "descriptors", "binding", "orphans", "children", "rundir"}
+        {
+            "state",
+            "ipc",
+            "clock",
+            "metrics",
+            "namespace",
+            "descriptors",
+            "binding",
+            "orphans",
+            "children",
+            "rundir",
+            "succession",
+            "turnover",
+        }
     ),
     frozenset({"edge", "machines"}),
     frozenset({"control"}),
@@ -41,7 +54,8 @@ NEIGHBOURS_FORBIDDEN = {
 FORBIDDEN = {"control": {"edge"}}
 
 # What the supervisor runs must have no reason to fail or to wait: the standard library, no loop, no third party.
-SUPERVISOR_PARTS = {"supervisor", "compiled", "process", "state", "tickets", "binding", "orphans", "children", "rundir"}
+SUPERVISOR_PARTS = {"supervisor", "compiled", "process", "state", "tickets", "binding", "orphans", "children", "rundir",
+    "succession", "turnover"}  # fmt: skip
 LOOPS_AND_THREADS = {"asyncio", "threading", "concurrent", "multiprocessing", "subprocess", "sqlite3", "http"}
 
 # Pure code takes time and chance as arguments and touches nothing outside.

@@ -243,7 +243,9 @@ def _faults(body: dict[str, Any], fallback: str) -> str:
     if not body.get("faults"):
         return fallback
     shown = "\n".join(f"  {one['text']}" for one in body["faults"])
-    return f"Nothing was changed, the new configuration has faults:\n{shown}"
+    if any(one.get("file", "?") for one in body["faults"]):
+        return f"Nothing was changed, the new configuration has faults:\n{shown}"
+    return f"{body['error'][:1].upper()}{body['error'][1:]}:\n{shown}"
 
 
 def logs(api: Api, app: str, follow: bool, lines: int, as_json: bool) -> None:

@@ -193,6 +193,14 @@ def reload(ask: Ask) -> None:
 
 
 @app.command()
+def upgrade(config: Config = None, json: Json = False) -> None:
+    """Have a running node go on as this version, with no connect refused; one that fails is put back."""
+    from proxy.cli.upgrade import upgrade
+
+    upgrade(config, json)
+
+
+@app.command()
 @asking
 def status(ask: Ask) -> None:
     """How the node, its processes and its apps are."""

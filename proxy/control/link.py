@@ -65,11 +65,8 @@ class _Cordon:
 class Hub:
     """All links."""
 
-    def __init__(
-        self, listener: socket.socket, workers: int, memory: SharedMemory, clock: Clock, settings: ipc.Settings
-    ) -> None:
+    def __init__(self, listener: socket.socket, memory: SharedMemory, clock: Clock, settings: ipc.Settings) -> None:
         self._listener = listener
-        self._workers = workers
         self._memory = memory
         self._clock = clock
         self.settings = settings
@@ -138,7 +135,7 @@ class Hub:
             async with asyncio.timeout(CORDON_TIMEOUT_S):
                 await cordon.done
         except TimeoutError:
-            missing = sorted(set(range(self._workers)) - cordon.acknowledged)
+            missing = [row for row in range(self._memory.rows_in_use) if not self._agrees(cordon, row)]
             log.warning("no acknowledgement of the cordon of %s from workers %s", machine.id, missing)
             return False
         return True
@@ -164,17 +161,17 @@ class Hub:
         self._broadcast(ipc.encode(ipc.EndTunnels(machine.app.name, machine.id)))
 
     def _judge(self, cordon: _Cordon) -> None:
-        """Done when every slot has acknowledged over its present link, or has no process for certain."""
-        if cordon.done.done():
-            return
-        for slot in range(self._workers):
-            if slot not in cordon.acknowledged and not self._is_dead(slot):
-                return
-        cordon.done.set_result(None)
+        """Done when every worker has acknowledged over its present link, or has no process for certain."""
+        if not cordon.done.done() and all(self._agrees(cordon, row) for row in range(self._memory.rows_in_use)):
+            cordon.done.set_result(None)
+
+    def _agrees(self, cordon: _Cordon, slot: int) -> bool:
+        return slot in cordon.acknowledged or self._is_dead(slot)
 
     def _is_dead(self, slot: int) -> bool:
+        """No beat: nobody has that row, or who has it has only been forked, and serves nobody yet."""
         beat = self._memory.last_beat(1 + slot)
-        return slot not in self._links and self._clock.monotonic() - beat / 1e9 > _DEAD_AFTER_S
+        return slot not in self._links and (not beat or self._clock.monotonic() - beat / 1e9 > _DEAD_AFTER_S)
 
     # --- called by links
 
@@ -207,8 +204,9 @@ class Hub:
             self._judge(cordon)
 
     @property
-    def workers(self) -> int:
-        return self._workers
+    def rows(self) -> int:
+        """A worker's slot is below this."""
+        return self._memory.rows
 
 
 class Link(asyncio.Protocol):
@@ -275,7 +273,7 @@ class Link(asyncio.Protocol):
         if abs(hello.protocol - ipc.PROTOCOL) > 1:
             self.drop(f"it speaks protocol {hello.protocol}, we speak {ipc.PROTOCOL}")
             return
-        if not 0 <= hello.slot < self._hub.workers:
+        if not 0 <= hello.slot < self._hub.rows:
             self.drop(f"there is no worker slot {hello.slot}")
             return
         self.slot, self.pid = hello.slot, hello.pid

@@ -68,9 +68,11 @@ class EdgeContext:
         link: ControlLink,
         spool_folder: Path,
         ring: Ring,
+        workers: int = 1,
     ) -> None:
         """`public_ports` maps each public port that is listened on to the port bound for it; `spool_folder` is where
-        request bodies that are kept go beyond memory; `ring` rings the bell of another worker (queue.py)."""
+        request bodies that are kept go beyond memory; `ring` rings the bell of another worker (queue.py); `workers`
+        share what a rule allows the whole node."""
         self.loop = loop
         self.memory = memory
         self.worker = worker
@@ -78,7 +80,7 @@ class EdgeContext:
         self.worker_base = memory.worker_base(worker)
         self.load = Load(memory, worker)
         self.wheel = Wheel(loop)
-        self.table = Table(public_ports, lambda slot: memory.app_base(worker, slot), memory.workers)
+        self.table = Table(public_ports, lambda slot: memory.app_base(worker, slot), workers)
         self.public_ports = public_ports
         self.rng = random.Random()
         self.held_bytes = 0  # of request bodies that have no machine to go to yet

@@ -571,11 +571,17 @@ class HttpConnection(asyncio.Protocol):
         else:
             self.deadline = NEVER
 
-    def drain(self) -> None:
-        """Take no further request: close now if idle, else after the answer under way."""
+    def drain(self, linger_s: float) -> None:
+        """Be done with this connection: after the answer under way, or that of a request on its way; if idle, now.
+
+        An idle one may linger: a client that is just sending its next request is answered, and told to come anew.
+        """
         is_idle = self._exchange is None and not self._queue and self._phase in (Phase.IDLE, Phase.HEAD)
         if is_idle and self._reader.is_between_requests:
-            self._close()
+            if linger_s:
+                self._edge.wheel.arm(self, linger_s)
+            else:
+                self._close()
 
     def end_tunnel(self) -> None:
         if self._tunnel is not None:

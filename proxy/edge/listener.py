@@ -99,9 +99,9 @@ class Listener:
             self._server.close()
             self._server = None
 
-    def drain(self) -> None:
+    def drain(self, linger_s: float = 0.0) -> None:
         for connection in list(self.connections):
-            connection.drain()
+            connection.drain(linger_s)
 
     def end_tunnels(self) -> None:
         for connection in list(self.connections):

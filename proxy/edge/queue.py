@@ -24,7 +24,7 @@ from collections.abc import Callable
 from proxy.clock import monotonic_ns
 from proxy.edge.timers import Call, Wheel
 from proxy.errors import Code, ProxyError, Source
-from proxy.state import APP_SLOTS, W_QUEUE_TIMEOUTS, W_QUEUED, Load, SharedMemory
+from proxy.state import W_QUEUE_TIMEOUTS, W_QUEUED, Load, SharedMemory
 
 RECHECK_S = 0.1
 _AT_ONCE = 64  # waiters called in one go
@@ -78,7 +78,7 @@ class Queue:
         self._worker = worker
         self._wheel = wheel
         self._ring = ring
-        self._bases = tuple(memory.queue_base(one) for one in range(memory.workers))
+        self._bases = tuple(memory.queue_base(one) for one in range(memory.rows))
         self._own = self._bases[worker]
         self._gauge = memory.worker_base(worker)
         self._lines: dict[int, list[Ticket]] = {}  # app slot -> tickets, the oldest first
@@ -89,7 +89,7 @@ class Queue:
 
     def is_contended(self, app_slot: int) -> bool:
         """Whether requests of the app wait, here or in another worker: then a new one belongs behind them."""
-        return sum(self._cells[self._bases[0] + app_slot :: APP_SLOTS]) != 0
+        return self._memory.waiting(app_slot) != 0
 
     def wait(
         self, app_slot: int, slots: tuple[int, ...], hard_limit: int, timeout_s: float, most: int, waiter: Waiter,
@@ -126,7 +126,7 @@ class Queue:
 
     def freed(self, app_slot: int) -> None:
         """A place of a machine of this app became free, by Load.release_fenced: who waits longest gets it."""
-        if not sum(self._cells[self._bases[0] + app_slot :: APP_SLOTS]):  # a strided sum: a third of looking one by one
+        if not self._memory.waiting(app_slot):  # a strided sum: a third of looking one by one
             return
         whose = self._next_after(app_slot, 0, -1)
         if whose == self._worker:
@@ -186,8 +186,8 @@ class Queue:
         """The worker whose oldest request came first of those after this place; -1 = none."""
         cells = self._cells
         oldest, whose = 0, -1
-        for other, base in enumerate(self._bases):
-            since = cells[base + app_slot]
+        for other in range(self._memory.rows_in_use):
+            since = cells[self._bases[other] + app_slot]
             is_after = since > since_ns or (since == since_ns and other > worker)
             if since and is_after and (not oldest or since < oldest):
                 oldest, whose = since, other

@@ -111,7 +111,7 @@ class Rig:
             {"process": self.driver, "static": StaticDriver()}, self.store, self.memory, self.clock, self.cordons,
             plain_socket, self.epoch,
         )  # fmt: skip
-        self.hub = Hub(self.listener, 2, self.memory, self.clock, a_plan().settings)
+        self.hub = Hub(self.listener, self.memory, self.clock, a_plan().settings)
         rng = random.Random(os.getpid())  # ports of its own for each of several runs at the same time
         snapshot = str(folder / "table.msgpack")
         self.apps = Apps(self.store, self.fleet, self.hub, self.memory, self.clock, rng, snapshot)

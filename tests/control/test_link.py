@@ -106,7 +106,7 @@ class Setting:
         os.close(fd)
         for index in (1, 2):
             self.memory.beat(index, monotonic_ns())
-        self.hub = Hub(listener, 2, self.memory, SystemClock(), a_plan().settings)
+        self.hub = Hub(listener, self.memory, SystemClock(), a_plan().settings)
         self.records = Records()
         self.workers: list[Worker] = []
 

@@ -151,6 +151,9 @@ class Load:
         self.answers += 1
         self._last_at = time.monotonic()
         self._first_at = self._first_at or self._last_at
+        if connection.is_over:
+            connection.close()
+            return None
         return connection
 
 
@@ -159,6 +162,7 @@ class _Connection:
         self._reader = reader
         self._writer = writer
         self.port: int = writer.get_extra_info("sockname")[1]
+        self.is_over = False  # the server has said that it closes
 
     @staticmethod
     async def make(node: ServedNode, host: str, context: ssl.SSLContext | None) -> _Connection:
@@ -176,6 +180,7 @@ class _Connection:
         body = await self._reader.readexactly(length)
         if not head.startswith(b"HTTP/1.1 200 "):
             raise ValueError(f"{head.splitlines()[0].decode()} {body[:80].decode()}")
+        self.is_over = b"\r\nconnection: close\r\n" in fields
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

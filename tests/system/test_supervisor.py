@@ -482,7 +482,7 @@ def test_a_taken_admin_port_is_told_with_the_others_and_left_unbound_where_it_is
         port = taken.getsockname()[1]
         with pytest.raises(BindError, match=rf"127\.0\.0\.1:{port} \(admin\): something else listens there \("):
             bind_all((), 1, admin=ListenAddress(0, "127.0.0.1", port))
-    assert bind_all((), 1, admin=ListenAddress(0, "127.0.0.1", port)) == [[]]
+    assert bind_all((), 1, admin=ListenAddress(0, "127.0.0.1", port)).sockets() == []
     with socket.create_server(("127.0.0.1", port)):
         pass
 
@@ -499,11 +499,9 @@ def test_a_privileged_port_is_refused_with_what_to_do(monkeypatch: pytest.Monkey
 def test_ipv4_and_ipv6_wildcards_bind_side_by_side() -> None:
     port = _free_port()
     listen = (ListenAddress(80, "0.0.0.0", port), ListenAddress(80, "::", port))
-    sockets = bind_all(listen, 2)
-    assert [len(held) for held in sockets] == [2, 2]
-    for held in sockets:
-        for one in held:
-            one.socket.close()
+    bound = bind_all(listen, 2)
+    assert [len(bound.listeners(number, 2)) for number in range(2)] == [2, 2]
+    bound.close()
 
 
 def test_readiness_is_told_to_the_service_manager_once_everyone_is_ready(tmp_path: Path) -> None:

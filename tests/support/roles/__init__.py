@@ -27,7 +27,7 @@ class Role:
         self.context = context
         self.channel = context.channel
         self.data_dir = Path(context.plan.data_dir)
-        self.memory = SharedMemory(context.shared_fd, context.plan.workers)
+        self.memory = SharedMemory(context.shared_fd)
         self.tell("started", fds=len(os.listdir("/proc/self/fd")))
 
     def tell(self, event: str, **more: Any) -> None:

@@ -89,7 +89,7 @@ def _serve(role: Role, listener: socket.socket, leaf: ssl.SSLContext | None) -> 
             "incarnation": role.context.incarnation,
             "in_flight": memory.in_flight(7),
             "admitted": memory.admitted(7),
-            "queued": sum(bool(memory.cells[memory.queue_base(one) + 7]) for one in range(memory.workers)),
+            "queued": sum(bool(memory.cells[memory.queue_base(one) + 7]) for one in range(memory.rows_in_use)),
             "resumed": isinstance(client, ssl.SSLSocket) and bool(client.session_reused),
         }
         client.sendall(json.dumps(answer).encode() + b"\n")

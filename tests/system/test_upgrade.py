@@ -1,0 +1,179 @@
+"""`wakefront upgrade` under load: another program takes over the same sockets, or is put back; nobody notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from proxy import config
+from proxy.succession import Request
+from tests.support.apps import make_app, starts
+from tests.support.load import Load
+from tests.support.processes import wait_for
+from tests.support.serve import ServedNode, wakefront
+from tests.system.test_reload import Tunnel
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+ENDS = ("done", "failed", "rolled back")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[ServedNode]:
+    with ServedNode(tmp_path, make_app(tmp_path, "web")) as served:
+        served.get("web")
+        yield served
+
+
+def children(node: ServedNode, retiring: bool) -> list[int]:
+    return [one["pid"] for one in node.status()["children"] if one["retiring"] is retiring]
+
+
+def upgrade_to(node: ServedNode, python: Path | str) -> dict[str, str]:
+    """Ask for a program by hand, as another environment's `wakefront upgrade` would; the last word on it."""
+    run_dir = node.data_dir / "run"
+    plan = config.plan(good_config(node), node.config)
+    request = Request(secrets.token_hex(4), str(python), "9.9", plan.to_json())
+    (run_dir / "upgrade.json").write_text(request.to_json())
+    os.kill(node.pid, signal.SIGUSR2)
+
+    def last() -> dict[str, str] | None:
+        if not (run_dir / "upgrade-result.json").exists():
+            return None
+        result: dict[str, str] = json.loads((run_dir / "upgrade-result.json").read_text())
+        return result if result["id"] == request.id and result["stage"] in ENDS else None
+
+    return wait_for(last, 60, node.log)
+
+
+def good_config(node: ServedNode) -> config.NodeConfig:
+    found = config.load(node.config).config
+    assert found is not None
+    return found
+
+
+def program(folder: Path, module: str, appended: str) -> Path:
+    """An interpreter that finds a copy of the program in which one module ends with other lines."""
+    copy = folder / "program"
+    copy.mkdir()
+    for package in ("proxy", "certs"):
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__", "_compiled"))
+    path = copy / "proxy" / f"{module}.py"
+    text, main, rest = path.read_text().partition('if __name__ == "__main__":')
+    path.write_text(f"{text}\n{appended}\n\n{main}{rest}")
+    wrapper = folder / "python-of-another-version"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={copy} exec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    return wrapper
+
+
+def test_five_upgrades_under_load_lose_no_request_and_no_tunnel_and_start_no_machine_again(node: ServedNode) -> None:
+    machine = starts(node.folder, "web")
+    with Load(node, "web", kept=32, kept_per_s=1000) as load:
+        tunnels = []
+        for _ in range(5):
+            before = children(node, False)
+            tunnels.append(Tunnel(node, "web"))
+            answer = json.loads(node.cli("upgrade", "--json"))
+            assert answer["stage"] == "done" and not set(before) & set(children(node, False))
+            assert all(tunnel.echoes(b"still here") for tunnel in tunnels)
+        load.run_for(0.5)
+    assert load.failures == [], load.told()
+    assert starts(node.folder, "web") == machine
+    for tunnel in tunnels:
+        tunnel.close()
+    wait_for(lambda: not children(node, True), 20, "old workers end with their last connection")
+
+
+@pytest.mark.parametrize(
+    ("module", "appended", "stage", "why"),
+    [
+        ("worker", "import a_module_that_is_not_installed", "failed", "a_module_that_is_not_installed"),
+        ("state", "LAYOUT = 99", "failed", "can't take over from this version while it runs"),
+        (
+            "server",
+            "def run(ctx):\n    raise RuntimeError('broken')",
+            "rolled back",
+            "its control exited with status 70",
+        ),
+        ("worker", "def run(ctx):\n    raise RuntimeError('broken')", "rolled back", "exited with status 70"),
+        ("supervisor", "Supervisor._take_over = None", "rolled back", "could not take over"),
+    ],
+    ids=["cannot be loaded", "other memory", "control fails", "workers fail", "supervisor fails"],
+)
+def test_a_new_program_that_fails_is_put_back_under_load_and_nobody_notices(
+    node: ServedNode, tmp_path: Path, module: str, appended: str, stage: str, why: str
+) -> None:
+    broken = program(tmp_path, module, appended)
+    machine = starts(node.folder, "web")
+    workers = [one["pid"] for one in node.status()["children"] if one["role"] == "worker"]
+    with Load(node, "web") as load:
+        tunnel = Tunnel(node, "web")
+        result = upgrade_to(node, broken)
+        assert result["stage"] == stage and why in result["detail"], result
+        load.run_for(0.5)
+        assert tunnel.echoes(b"still here")
+        wait_for(lambda: (node.child("control") or {}).get("ready"), 20, node.log)
+        serving = [one for one in node.status()["children"] if one["role"] == "worker" and not one["retiring"]]
+        assert [one["pid"] for one in serving] == workers, "the workers served all the time"
+    assert load.failures == [], load.told()
+    assert starts(node.folder, "web") == machine
+    assert json.loads(node.cli("upgrade", "--json"))["stage"] == "done", "and a good one takes over afterwards"
+    tunnel.close()
+
+
+def test_without_a_running_node_an_upgrade_says_so(node: ServedNode) -> None:
+    node.stop()
+    done = subprocess.run(
+        [wakefront(), "upgrade", "--config", str(node.config)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1 and "No node runs with data_dir" in done.stderr
+
+
+def test_an_upgrade_with_a_faulty_configuration_changes_nothing(node: ServedNode) -> None:
+    before = children(node, False)
+    node.write_config("[[apps]]\nnonsense = 1\n")
+    done = subprocess.run(
+        [wakefront(), "upgrade", "--config", str(node.config)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2 and "nonsense" in done.stdout + done.stderr
+    assert children(node, False) == before and node.get("web")[0] == 200
+
+
+def test_a_request_of_another_user_is_not_heeded(node: ServedNode) -> None:
+    before = children(node, False)
+    path = node.data_dir / "run" / "upgrade.json"
+    path.write_text(Request("1", sys.executable, "9.9", "{}").to_json())
+    os.chown(path, 12345, 12345)
+    os.kill(node.pid, signal.SIGUSR2)
+    wait_for(lambda: "belongs to user 12345" in node.log(), 10, node.log)
+    assert children(node, False) == before
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+    os.kill(node.pid, signal.SIGUSR2)
+    wait_for(lambda: "upgrade.json can't be read" in node.log(), 10, node.log)
+
+
+def test_frozen_control_is_no_obstacle(node: ServedNode) -> None:
+    os.kill(node.pid_of("control"), signal.SIGSTOP)
+    assert json.loads(node.cli("upgrade", "--json"))["stage"] == "done"
+    assert node.get("web")[0] == 200
+
+
+def test_sigterm_in_the_middle_of_an_upgrade_ends_the_node_in_order(node: ServedNode) -> None:
+    with subprocess.Popen(
+        [wakefront(), "upgrade", "--config", str(node.config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as asking:
+        wait_for(lambda: "upgrade to" in node.log() and ": workers" in node.log(), 20, node.log)
+        node.stop()
+        asking.communicate(timeout=20)
+        assert asking.returncode == 1
