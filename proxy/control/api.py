@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from proxy.clock import Clock
 from proxy.control.apps import Apps, Entry
@@ -46,6 +47,9 @@ from proxy.wire.fly_toml import MAX_KILL_TIMEOUT_S
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_CONNECTIONS = 256  # at once; whoever comes then is closed, so that control keeps descriptors for machines
+FIRST_HEAD_S = 10.0  # a connection that has sent no whole head by then is closed
+BODY_S = 30.0
 _LONGEST_WAIT_S = 60.0
 _FOLLOW_PAUSE_S = 0.1
 _MOST_LINES = 10_000
@@ -57,6 +61,8 @@ _SIGNALS = (
 _WAIT_STATES = frozenset({"started", "stopped", "suspended", "destroyed", "failed", "settled", "created"})
 _ULID = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}")
 _SETTLED = ("created", "started", "stopped", "suspended", "failed")
+
+_http_log = logging.getLogger(f"{__name__}.http")
 
 Json = dict[str, Any]  # Any: JSON
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -104,6 +110,8 @@ class Api:
         self._token = load_or_make_token(os.path.join(data_dir, "admin.token"))
         self.checks_of: Callable[[Owned], list[Json]] = lambda machine: []  # checks.py's, where checks are run
         self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
+        self._silent: set[object] = set()  # connections that have not sent a whole head yet
         self._hosts: frozenset[str] = frozenset()
         self.address: tuple[str, int] | None = None
 
@@ -118,17 +126,41 @@ class Api:
             self.address = (host, listener.getsockname()[1])
             self._hosts = _allowed_hosts(*self.address)
             self._runner = web.AppRunner(
-                self._application(), access_log=None, handle_signals=False, shutdown_timeout=1.0
+                self._application(),
+                access_log=None,
+                handle_signals=False,
+                shutdown_timeout=1.0,
+                logger=_http_log,
+                auto_decompress=False,
             )
             await self._runner.setup()
-            await web.SockSite(self._runner, listener, backlog=64).start()
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(self._connection, sock=listener, backlog=64)
         except BaseException:
             listener.close()
             raise
 
     async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def _connection(self) -> asyncio.BaseProtocol:
+        """Somebody has connected: aiohttp's handler, or one that closes where there are too many."""
+        assert self._runner is not None and self._runner.server is not None
+        server = self._runner.server
+        if len(server.connections) >= MAX_CONNECTIONS:
+            return _Refusal()
+        handler = server()
+        self._silent.add(handler)
+        asyncio.get_running_loop().call_later(FIRST_HEAD_S, self._end_silent, handler)
+        return handler
+
+    def _end_silent(self, handler: web.RequestHandler) -> None:
+        if handler in self._silent:
+            self._silent.discard(handler)
+            handler.force_close()
 
     def _application(self) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
@@ -186,9 +218,7 @@ class Api:
             except LeaseConflict as error:
                 return _json({"error": str(error), "status": "lease_held"}, 409)
             except web.HTTPRequestEntityTooLarge:
-                return _json(
-                    {"error": f"a body of more than {MAX_BODY_BYTES} bytes", "status": "invalid_argument"}, 413
-                )
+                return _json(_too_long().body, 413)
             except web.HTTPException as error:
                 code = "not_found" if error.status == 404 else "unknown"
                 return _json({"error": error.reason.lower(), "status": code}, error.status)
@@ -201,6 +231,7 @@ class Api:
         return guard
 
     def _check(self, request: web.Request) -> None:
+        self._silent.discard(request.protocol)
         if request.headers.get("Host", "").lower() not in self._hosts:
             raise ApiError(403, "unauthorized", "the Host header is not this node's admin address")
         origin = request.headers.get("Origin")
@@ -214,6 +245,8 @@ class Api:
             raise ApiError(
                 401, "unauthenticated", "a bearer token is needed: it is in admin.token of the node's data_dir"
             )
+        if (request.content_length or 0) > MAX_BODY_BYTES:
+            raise _too_long()
 
     # --- the node
 
@@ -639,7 +672,11 @@ def _asked(body: Json) -> Asked:
 
 
 async def _body(request: web.Request, required: bool = False) -> Json:
-    raw = await request.read()
+    try:
+        async with asyncio.timeout(BODY_S):
+            raw = await request.read()
+    except TimeoutError:
+        raise ApiError(408, "deadline_exceeded", f"the body did not come within {BODY_S:g} s") from None
     if not raw.strip():
         if required:
             raise ApiError(400, "invalid_argument", "EOF")
@@ -708,6 +745,27 @@ async def _large_json(body: Json | list[Any]) -> web.Response:
 
 def _json(body: Json | list[Any], status: int = 200) -> web.Response:
     return web.json_response(body, status=status)
+
+
+def _too_long() -> ApiError:
+    return ApiError(413, "invalid_argument", f"a body of more than {MAX_BODY_BYTES} bytes")
+
+
+class _Refusal(asyncio.Protocol):
+    """Closes at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+class _NoBlame(logging.Filter):
+    """What a client sends that is no HTTP is answered 400, and no error of ours to be logged with its trace."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_http_log.addFilter(_NoBlame())
 
 
 def _allowed_hosts(host: str, port: int) -> frozenset[str]:

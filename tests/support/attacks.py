@@ -166,7 +166,9 @@ class Attack:
         traceback_allowed: bool = False,
         workers_may_end: bool = False,
         bystander: bool = True,
+        of_control: bool = False,
     ) -> None:
+        """`of_control`: control is attacked and measured, not the workers."""
         self._ledger = ledger
         self._node = node
         self._growth_mib = growth_mib
@@ -174,6 +176,7 @@ class Attack:
         self._traceback_allowed = traceback_allowed
         self._workers_may_end = workers_may_end
         self._bystander = bystander and node is not None
+        self._of_control = of_control
         self.figures = Figures(row, name)
         self._label = ""
 
@@ -192,7 +195,7 @@ class Attack:
             if self._bystander:
                 self.figures.quiet_p99_ms = node.take_baseline().p99_ms
                 node.bystander.aim(node.http_port, node.host("quiet"))
-            self._pids = node.worker_pids
+            self._pids = [node.pid_of("control")] if self._of_control else node.worker_pids
             self._logged = len(node.log())
             self._sampler = Sampler(self._pids)
         self._began = time.monotonic()
@@ -235,13 +238,13 @@ class Attack:
         assert node.origin.faults == [], f"the origin was sent what it may not be: {node.origin.faults[:3]}"
         if not self._workers_may_end:
             ended = [pid for pid in self._pids if not runs(pid)]
-            assert ended == [], f"workers ended: {ended}\n{node.log()[self._logged :]}"
+            assert ended == [], f"processes ended: {ended}\n{node.log()[self._logged :]}"
         if not self._traceback_allowed:
             log = node.log()[self._logged :]
             assert "Traceback (most recent call last)" not in log, f"a traceback was logged\n{log[-8000:]}"
         growth, p99 = self.figures.growth_mib, self.figures.bystander_p99_ms
         if self._growth_mib is not None:
-            assert growth is not None and growth <= self._growth_mib, f"workers grew by {growth} MiB"
+            assert growth is not None and growth <= self._growth_mib, f"grew by {growth} MiB"
         if self._p99_ms is not None:
             assert p99 is not None and p99 <= self._p99_ms, f"p99 of the bystander was {p99} ms"
 
