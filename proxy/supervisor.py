@@ -681,7 +681,9 @@ class Supervisor:
             if self._control.child is child:
                 self._send(child, {"op": "turned", "id": number, "faults": faults})
 
-        if faults := self._replace_workers(plan, done):
+        if self._upgrade is not None:
+            done(["an upgrade is under way, which reads the configuration anyway"])
+        elif faults := self._replace_workers(plan, done):
             done(faults)
         else:
             self._send(child, {"op": "bound", "id": number})
@@ -810,6 +812,7 @@ class Supervisor:
         child = self._control.child
         if self._leave_by is not None and now >= self._leave_by and child is not None and not child.killed:
             child.kill()  # it loses nothing by that: machines outlive it
+            self._leave_by = now + LEAVE_S
         if self._control_by is None or self._upgrade is None:
             return
         if child is not None and child.ready:
