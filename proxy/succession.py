@@ -1,10 +1,9 @@
-"""How a supervisor becomes one of another version by exec: what is asked for, the trial, and what is handed on.
+"""What a supervisor needs to become one of another version: the request, the trial, what is handed on, the exec.
 
     wakefront upgrade      writes run_dir/upgrade.json (a Request) and sends SIGUSR2
     supervisor             has the new program tried: can it be loaded, does it read what it will be handed?
                            then becomes it, with the same pid, children, sockets and shared memory (`become`)
-    new program            takes over: control first, then workers (turnover.py). What fails is put back: it becomes
-                           the former program again, which finds its workers as they were
+    new program            takes over, or goes back (upgrade.py)
     run_dir/upgrade-result.json    how far it has come, for who asked
 
 What is handed on is one JSON object in a memfd; descriptors stay open across the exec and are named by number. Both
@@ -95,6 +94,7 @@ class Trial:
             os.close(plan_fd)
             os.close(writer)
         self.deadline = time.monotonic() + TRIAL_S
+        self.is_killed = False
         self._said = b""
 
     def read(self) -> bool:
@@ -106,6 +106,7 @@ class Trial:
         return False
 
     def kill(self) -> None:
+        self.is_killed = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
@@ -177,6 +178,16 @@ def become(
         os.close(fd)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         raise
+
+
+def descriptors_of(handed: Mapping[str, Any]) -> list[int]:
+    """Those that what is handed on names."""
+    found: list[int] = [handed["shared_fd"], handed["control_listener"], handed["lock_fd"]]
+    found += [fd for bound in handed["bindings"]["bound"] for slot in bound["slots"] for fd in slot]
+    for place in [handed["control"], *handed["workers"], *handed["retired"]]:
+        if place["child"] is not None:
+            found += [place["child"]["pidfd"], place["child"]["channel"]]
+    return found
 
 
 def take_over(fd: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ whose beat stands still for `STALE_S` is killed. It waits in `Supervisor._turn` 
 
 While it serves, the workers may be replaced by others on the same sockets (turnover.py): when a reload changes what is
 listened on or how many workers there are, and in an upgrade, in which the supervisor becomes another program first
-(succession.py).
+(upgrade.py).
 
 Exit status: 0 drained, 1 the drain was cut short, 2 an address can't be bound or another supervisor holds data_dir.
 """
@@ -45,19 +45,10 @@ from proxy.orphans import Orphans
 from proxy.process import ChildContext, ServePlan
 from proxy.rundir import RunDir, RunDirError
 from proxy.state import SharedMemory
-from proxy.succession import (
-    REQUEST_FILE,
-    RESULT_FILE,
-    Request,
-    SuccessionError,
-    Trial,
-    become,
-    read_request,
-    take_over,
-    trial_facts,
-)
+from proxy.succession import RESULT_FILE, Request, become, descriptors_of, take_over, trial_facts
 from proxy.tickets import new_base_context
 from proxy.turnover import START_S, Done, Turnover, free_rows
+from proxy.upgrade import Upgrade
 
 STALE_S = 3.0  # a beat this old means frozen or blocked
 FIRST_BEAT_S = 20.0  # a child may take this long to start
@@ -69,8 +60,6 @@ HURRIED_STOP_S = 10.0  # after a second SIGTERM or SIGINT
 STOP_ATTEMPTS = 4  # controls that may fail at stopping machines
 UNCLEAN_PATIENCE_S = 1.0  # children of a killed supervisor end within this
 ORPHAN_SCAN_S = 5.0  # without any SIGCHLD
-LEAVE_S = 5.0  # for a control that is to make room for another
-CONTROL_START_S = 30.0  # for that other one to become ready
 LEAST_ROWS = 32  # of shared memory, so many workers may live at a time: those that serve, start and retire
 EXIT_CANNOT_START = 2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR2)
@@ -137,17 +126,8 @@ def _resume(fd: int) -> int:
             raise
         why = f"the new program could not take over: {error!r}"
         handed |= {"failed": why, "former": None}
-        become(former["python"], former["environ"], handed, _handed_descriptors(handed), _SIGNALS)
+        become(former["python"], former["environ"], handed, descriptors_of(handed), _SIGNALS)
     return supervisor.run()
-
-
-def _handed_descriptors(handed: dict[str, Any]) -> list[int]:
-    found: list[int] = [handed["shared_fd"], handed["control_listener"], handed["lock_fd"]]
-    found += [fd for bound in handed["bindings"]["bound"] for slot in bound["slots"] for fd in slot]
-    for place in [handed["control"], *handed["workers"], *handed["retired"]]:
-        if place["child"] is not None:
-            found += [place["child"]["pidfd"], place["child"]["channel"]]
-    return found
 
 
 def _roles() -> str:
@@ -175,11 +155,7 @@ class Supervisor:
         self._unsaid: deque[str] = deque()  # to systemd
         self._retired: list[Place] = []
         self._turnover: Turnover | None = None
-        self._upgrade: Request | None = None  # under way
-        self._trial: Trial | None = None
-        self._former: dict[str, Any] | None = None  # the program to go back to if this one fails: python, environ
-        self._leave_by: float | None = None  # the control of the former program has until then to make room
-        self._control_by: float | None = None  # and ours until then to become ready
+        self._upgrade = Upgrade(self, _SIGNALS)
         self._announced_ready = False
         self._incarnations: dict[int, int] = {}  # of workers, by row
         self._tls_context = new_base_context()  # before any fork: sessions resume at every worker
@@ -202,7 +178,7 @@ class Supervisor:
             if place.child is not None:
                 self._watch_child(place, place.child)
         if handed is not None:
-            self._resumed(handed)
+            self._upgrade.resume(handed, time.monotonic())
 
     def _begin(self, plan: ServePlan) -> None:
         """A node that did not run: bind, and share memory. Raises BindError and RunDirError."""
@@ -250,7 +226,7 @@ class Supervisor:
         now = time.monotonic()
         self._surely(self._watch, now)
         self._surely(self._scan_orphans, now)
-        self._surely(self._advance_upgrade, now)
+        self._surely(self._upgrade.advance, now)
         self._surely(self._advance_turnover, now)
         self._surely(self._end_retired, now)
         self._surely(self._advance, now)
@@ -273,7 +249,7 @@ class Supervisor:
         deadlines += [place.start_at for place in self._places if place.start_at is not None]
         if self._turnover is not None:
             deadlines.append(self._turnover.due_at)
-        deadlines += [one for one in (self._deadline, self._leave_by, self._control_by) if one is not None]
+        deadlines += [one for one in (self._deadline, self._upgrade.due_at) if one is not None]
         return max(0.0, min(deadlines) - time.monotonic())
 
     def _watch(self, now: float) -> None:
@@ -316,8 +292,8 @@ class Supervisor:
             self._orphans_due = min(self._orphans_due, time.monotonic() + self._orphans.pause_s)
         if signal.SIGHUP in came:
             self._reload()
-        if signal.SIGUSR2 in came:
-            self._begin_upgrade()
+        if signal.SIGUSR2 in came and (fault := self._upgrade.begin()):
+            self._log("error", f"SIGUSR2: {fault}")
         if signal.SIGTERM in came or signal.SIGINT in came:
             self._drain()
 
@@ -341,9 +317,7 @@ class Supervisor:
         self._deadline = now + self.plan.drain_timeout_s + DRAIN_MARGIN_S
         self._log("info", f"draining: workers have {self.plan.drain_timeout_s:g} s to finish their requests")
         self._notify("STOPPING=1")
-        if self._upgrade is not None and self._trial is None:
-            self._tell_upgrade(self._upgrade, "failed", "the node ends")
-            self._upgrade = self._former = self._control_by = None
+        self._upgrade.abandon()
         if self._turnover is not None:
             self._give_up_turnover("the node ends")
         for place in [*self._workers, *self._retired]:
@@ -464,8 +438,8 @@ class Supervisor:
         starting = turnover if turnover is not None and place in turnover.places else None
         bindings = self._bindings if starting is None else starting.bindings
         plan = self.plan if starting is None else starting.plan
-        if is_control and self._upgrade is not None:
-            plan = ServePlan.from_json(self._upgrade.plan)
+        if is_control and self._upgrade.plan is not None:
+            plan = self._upgrade.plan
         return ChildContext(
             role=place.role,
             slot=place.slot,
@@ -494,8 +468,8 @@ class Supervisor:
         for sock in bound:
             if id(sock) not in own:
                 sock.close()
-        if self._trial is not None:
-            self._trial.close()
+        if self._upgrade.trial is not None:
+            self._upgrade.trial.close()
         if context.control_listener is None:
             self._control_listener.close()
         gc.freeze()  # what was made before the fork is never garbage here: spare its pages
@@ -522,7 +496,7 @@ class Supervisor:
         elif self._turnover is not None and place in self._turnover.places:
             self._turnover.fault = f"{place.name} {how} after {lived:.1f} s"
             self._log("error", self._turnover.fault)
-        elif place is self._control and self._control_ended(now, how) and not stopping:
+        elif place is self._control and self._upgrade.control_ended(now, how) and not stopping:
             pass
         elif not stopping or (place is self._control and not done):
             self._replace(place, now, place.after_death(lived, child.ready), f"{how} after {lived:.1f} s")
@@ -565,7 +539,7 @@ class Supervisor:
 
     # --- new workers for old
 
-    def _replace_workers(self, plan: ServePlan, done: Done) -> list[str]:
+    def replace_workers(self, plan: ServePlan, done: Done) -> list[str]:
         """Have workers of this plan take over; `done` is told how it went. Why that can't begin, if it can't."""
         if self.stage is not Stage.SERVING:
             return ["the node is ending"]
@@ -663,7 +637,7 @@ class Supervisor:
         self._memory.use_rows(1 + max((place.slot for place in self._places if place.role == "worker"), default=0))
 
     def _tell_rows(self) -> None:
-        if self._control.child is None or self._leave_by is not None:
+        if self._control.child is None or self._upgrade.control_leaves:
             return
         serving = [place.slot for place in self._workers]
         retiring = [place.slot for place in self._retired]
@@ -681,65 +655,35 @@ class Supervisor:
             if self._control.child is child:
                 self._send(child, {"op": "turned", "id": number, "faults": faults})
 
-        if self._upgrade is not None:
+        if self._upgrade.request is not None:
             done(["an upgrade is under way, which reads the configuration anyway"])
-        elif faults := self._replace_workers(plan, done):
+        elif faults := self.replace_workers(plan, done):
             done(faults)
         else:
             self._send(child, {"op": "bound", "id": number})
 
-    # --- upgrade: this process becomes another program, which takes over and goes on, or goes back
+    # --- what an upgrade needs (upgrade.Holder)
 
-    def _begin_upgrade(self) -> None:
-        """What run_dir/upgrade.json asks for is tried in a process of its own; nothing changes before it has passed."""
-        try:
-            request = read_request(self._run_dir.path_of(REQUEST_FILE))
-        except SuccessionError as error:
-            self._log("error", f"SIGUSR2: {error}")
-            return
-        try:
-            if self.stage is not Stage.SERVING:
-                raise SuccessionError("the node is ending")
-            if self._upgrade is not None or self._turnover is not None:
-                raise SuccessionError("a change of workers or program is under way: try again when that is done")
-            self._trial = Trial(request)
-        except SuccessionError as error:
-            self._tell_upgrade(request, "failed", str(error))
-            return
-        trial = self._trial
-        self._selector.register(trial.pidfd, selectors.EVENT_READ, lambda mask: self._judge_trial(request, trial))
-        self._selector.register(trial.output, selectors.EVENT_READ, lambda mask: self._hear_trial(trial))
-        self._upgrade = request
-        self._tell_upgrade(request, "trial")
+    @property
+    def control(self) -> Place:
+        return self._control
 
-    def _hear_trial(self, trial: Trial) -> None:
-        if trial.read():
-            self._selector.unregister(trial.output)
+    @property
+    def selector(self) -> selectors.BaseSelector:
+        return self._selector
 
-    def _judge_trial(self, request: Request, trial: Trial) -> None:
-        self._selector.unregister(trial.pidfd)
-        if trial.output in self._selector.get_map():
-            self._selector.unregister(trial.output)
-        self._trial = None
-        try:
-            trial.judge()
-            if self.stage is not Stage.SERVING:
-                raise SuccessionError("the node is ending")
-            self._tell_upgrade(request, "exec")
-            former = {"python": sys.executable, "environ": dict(os.environ)}
-            handed = self._handed() | {"upgrade": asdict(request), "former": former}
-            become(request.python, os.environ, handed, _handed_descriptors(handed), _SIGNALS)
-        except (SuccessionError, OSError) as error:
-            self._upgrade = None
-            self._tell_upgrade(request, "failed", str(error))
+    @property
+    def is_serving(self) -> bool:
+        """And no change of workers is under way."""
+        return self.stage is Stage.SERVING and self._turnover is None
 
-    def _handed(self) -> dict[str, Any]:
+    def path_of(self, name: str) -> str:
+        return self._run_dir.path_of(name)
+
+    def handed(self) -> dict[str, Any]:
         """All that the next program needs of this one."""
         return {
             "plan": asdict(self.plan),
-            "upgrade": None,
-            "former": None,
-            "failed": "",
             "bindings": self._bindings.to_state(),
             "shared_fd": self._shared_fd,
             "control_listener": self._control_listener.fileno(),
@@ -756,7 +700,7 @@ class Supervisor:
     def _take_over(self, handed: dict[str, Any]) -> None:
         """Hold what the program before held. Descriptors become ours alone again."""
         self._memory = SharedMemory(handed["shared_fd"])
-        for descriptor in _handed_descriptors(handed):
+        for descriptor in descriptors_of(handed):
             os.set_inheritable(descriptor, False)
         now = time.monotonic()
         self._shared_fd = handed["shared_fd"]
@@ -769,90 +713,10 @@ class Supervisor:
         self._incarnations = {int(row): number for row, number in handed["incarnations"].items()}
         self._announced_ready = handed["announced_ready"]
         self._notify_socket, self._watchdog_s = handed["notify_socket"], handed["watchdog_s"]
-        self._former = handed["former"]
-        self._upgrade = Request(**handed["upgrade"]) if handed["upgrade"] is not None else None
 
-    def _resumed(self, handed: dict[str, Any]) -> None:
-        """After the exec, before the first turn: the former control makes room, or we are the program put back."""
-        request, now = self._upgrade, time.monotonic()
-        if request is None:
-            return
-        if handed["failed"]:
-            self._upgrade = None
-            self._tell_upgrade(request, "rolled back", handed["failed"])
-            if self._control.child is None:
-                self._control.start_at = now
-            return
-        self._tell_upgrade(request, "control")
-        if self._control.child is None:
-            self._start_new_control(now)
-        else:
-            self._send(self._control.child, {"op": "leave"})
-            self._leave_by = now + LEAVE_S
-
-    def _start_new_control(self, now: float) -> None:
-        self._leave_by = None
-        self._control.start_at = now
-        self._control.failures = 0
-        self._control_by = now + CONTROL_START_S
-
-    def _control_ended(self, now: float, how: str) -> bool:
-        """Whether the upgrade goes on from here: the former control has made room, or the new one has failed."""
-        if self._leave_by is not None:
-            self._start_new_control(now)
-            return True
-        if self._control_by is not None:
-            self._put_back(f"its control {how}")
-            return True
-        return False
-
-    def _advance_upgrade(self, now: float) -> None:
-        if self._trial is not None and now >= self._trial.deadline:
-            self._trial.kill()
-        child = self._control.child
-        if self._leave_by is not None and now >= self._leave_by and child is not None and not child.killed:
-            child.kill()  # it loses nothing by that: machines outlive it
-            self._leave_by = now + LEAVE_S
-        if self._control_by is None or self._upgrade is None:
-            return
-        if child is not None and child.ready:
-            self._control_by = None
-            self._tell_upgrade(self._upgrade, "workers")
-            if faults := self._replace_workers(ServePlan.from_json(self._upgrade.plan), self._upgrade_turned):
-                self._put_back("; ".join(faults))
-        elif now >= self._control_by:
-            self._put_back(f"its control did not become ready within {CONTROL_START_S:g} s")
-
-    def _upgrade_turned(self, faults: list[str]) -> None:
-        request = self._upgrade
-        if request is None:  # the node ends
-            return
-        if faults:
-            self._put_back("; ".join(faults))
-            return
-        self._upgrade = self._former = None
-        self._tell_upgrade(request, "done")
-
-    def _put_back(self, why: str) -> None:
-        """Become the former program again: its workers have served all the time."""
-        request, former = self._upgrade, self._former
-        self._upgrade = self._former = self._control_by = self._leave_by = None
-        assert request is not None
-        self._log("error", f"the new program failed and is put back: {why}")
-        self._end_control_now()
-        self._control.start_at = time.monotonic()
-        if former is None or self.stage is not Stage.SERVING:
-            self._tell_upgrade(request, "failed", why)
-            return
-        handed = self._handed() | {"upgrade": asdict(request), "failed": why}
-        try:
-            become(former["python"], former["environ"], handed, _handed_descriptors(handed), _SIGNALS)
-        except OSError as error:
-            self._tell_upgrade(request, "failed", f"{why}; and the former program can't be run: {error}")
-
-    def _end_control_now(self) -> None:
-        """Kill control and wait for its end, for two must not live at a time."""
-        child = self._control.child
+    def end_control(self) -> None:
+        """Kill control and wait for its end, for two must not live at a time. Raises OSError if it does not end."""
+        child = self.control.child
         if child is None:
             return
         child.kill()
@@ -863,9 +727,9 @@ class Supervisor:
         if not child.gone_quiet:
             self._selector.unregister(child.channel)
         child.close()
-        self._control.child = None
+        self.control.child = None
 
-    def _tell_upgrade(self, request: Request, stage: str, detail: str = "") -> None:
+    def tell_upgrade(self, request: Request, stage: str, detail: str = "") -> None:
         level = "error" if stage in ("failed", "rolled back") else "info"
         self._log(level, f"upgrade to {request.version} ({request.python}): {stage}{': ' if detail else ''}{detail}")
         result = {"id": request.id, "version": request.version, "stage": stage, "detail": detail}
@@ -936,8 +800,8 @@ class Supervisor:
         self._orphans_due = now + ORPHAN_SCAN_S
         reaped = self._orphans.reaped_unasked
         own = {place.child.pid for place in self._places if place.child is not None}
-        if self._trial is not None:
-            own.add(self._trial.pid)
+        if self._upgrade.trial is not None:
+            own.add(self._upgrade.trial.pid)
         self._orphans.scan(own)
         if self._orphans.reaped_unasked > reaped:
             self._log("warning", f"{self._orphans.reaped_unasked} stray processes in all were reaped without a record")
@@ -945,7 +809,7 @@ class Supervisor:
 
     def _tell_orphans(self) -> None:
         child = self._control.child
-        if child is None or self._leave_by is not None:
+        if child is None or self._upgrade.control_leaves:
             return
         while (end := self._orphans.next_to_tell()) is not None:
             if not child.send_now({"op": "exited", "pid": end.pid, "code": end.code, "signal": end.signal}):

@@ -35,6 +35,7 @@ COLUMNS: tuple[frozenset[str], ...] = (
             "rundir",
             "succession",
             "turnover",
+            "upgrade",
         }
     ),
     frozenset({"edge", "machines"}),
@@ -55,7 +56,7 @@ FORBIDDEN = {"control": {"edge"}}
 
 # What the supervisor runs must have no reason to fail or to wait: the standard library, no loop, no third party.
 SUPERVISOR_PARTS = {"supervisor", "compiled", "process", "state", "tickets", "binding", "orphans", "children", "rundir",
-    "succession", "turnover"}  # fmt: skip
+    "succession", "turnover", "upgrade"}  # fmt: skip
 LOOPS_AND_THREADS = {"asyncio", "threading", "concurrent", "multiprocessing", "subprocess", "sqlite3", "http"}
 
 # Pure code takes time and chance as arguments and touches nothing outside.

@@ -606,3 +606,29 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def test_the_watchdog_of_the_service_manager_is_fed_three_times_in_its_time(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(15)
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1500000"}
+        with Supervised(tmp_path / "data", env=env):
+            came = []
+            while came.count(b"WATCHDOG=1") < 4:
+                came.append(manager.recv(100))
+                if came[-1] == b"WATCHDOG=1" and came.count(b"WATCHDOG=1") == 1:
+                    began = time.monotonic()
+            assert 1.0 < time.monotonic() - began < 5.0, "half a second apart"
+
+
+def test_another_process_asked_for_watchdog_words_is_none_of_ours(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(15)
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000", "WATCHDOG_PID": "1"}
+        with Supervised(tmp_path / "data", env=env) as node:
+            assert manager.recv(100) == b"READY=1"
+            node.signal(signal.SIGTERM)
+            node.wait_ended()
+            assert manager.recv(100) == b"STOPPING=1"
