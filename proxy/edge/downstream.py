@@ -1,8 +1,9 @@
 """The HTTP/1.1 connection with a client: framing, timers, keep-alive, pipelining. It is the Stream of its exchange.
 
 Bytes of an answer gather in `_out` and leave in one write a turn. Requests that arrive while one is served wait, in
-order, with reading paused. A connection whose request body was not read to its end is closed after the answer, but
-lingers a moment and throws away what still comes: a reset would destroy the answer on its way (RFC 9112 §9.6).
+order, with reading paused; where one read holds many, its rest waits unread. A connection whose request body was not
+read to its end is closed after the answer, but lingers a moment and throws away what still comes: a reset would destroy
+the answer on its way (RFC 9112 §9.6).
 
     IDLE -> HEAD (first byte) -> EXCHANGE (head whole) -> IDLE | LINGER | TUNNEL -> CLOSED
 """
@@ -25,7 +26,7 @@ from proxy.decide.headers import (
 )
 from proxy.edge.access import AccessGate
 from proxy.edge.error_page import error_page
-from proxy.edge.exchange import Exchange
+from proxy.edge.exchange import HELD_MAX_BYTES, Exchange
 from proxy.edge.flow import ReadGate
 from proxy.edge.relay import Tunnel
 from proxy.edge.table import PortView
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 WRITE_HIGH = 256 * 1024
 WRITE_LOW = 64 * 1024
-MAX_PIPELINED = 16
+MAX_PIPELINED = 16  # requests that wait, after which no further slice of a read is looked at
 JOIN_BYTES = 16 * 1024  # below this one joined write is cheaper than several
 LINGER_S = 2.0
 CLOSE_S = 60.0  # a closing connection's last bytes get this long to leave
@@ -92,7 +93,8 @@ class HttpConnection(asyncio.Protocol):
     __slots__ = (
         "_app_cells", "_broken", "_edge", "_entered", "_eof", "_exchange", "_gate", "_held_upgrade", "_identities",
         "_lingered", "_listener", "_local_ip", "_out", "_phase", "_queue", "_queue_paused", "_reader", "_transport",
-        "_tunnel", "_turn", "_write_paused", "client_ip", "deadline", "is_tls", "public_port", "sni_app", "wheel_tick",
+        "_tunnel", "_turn", "_unread", "_write_paused", "client_ip", "deadline", "is_tls", "public_port", "sni_app",
+        "wheel_tick",
     )  # fmt: skip
 
     _transport: Transport
@@ -111,6 +113,7 @@ class HttpConnection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._queue: deque[_Queued] | None = None
         self._queue_paused = False
+        self._unread = b""  # of a read, behind the requests that wait; not without one
         self._broken: ProxyError | None = None
         self._eof = False  # the client sends no more
         self._held_upgrade: bytearray | None = None
@@ -146,15 +149,20 @@ class HttpConnection(asyncio.Protocol):
             return
         if phase is Phase.CLOSED or self._broken is not None:
             return
+        if self._unread:
+            self._hold_unread(self._unread + data)
+            return
         self._turn = True
         try:
-            self._reader.feed(data)
+            rest = self._reader.feed(data)
         except ProxyError as error:
             self._turn = False
             self._on_broken(error)
             return
         finally:
             self._turn = False
+        if rest:
+            self._hold_unread(rest)
         if self._exchange is None and self._phase is not Phase.CLOSED and self._phase is not Phase.LINGER:
             if self._queue:
                 self._next()
@@ -191,6 +199,7 @@ class HttpConnection(asyncio.Protocol):
             self._entered = None
         exchange, self._exchange = self._exchange, None
         self._queue = None
+        self._hold_unread(b"")
         self._out.clear()
         if exchange is not None:
             exchange.on_client_gone()
@@ -280,9 +289,9 @@ class HttpConnection(asyncio.Protocol):
     def _enqueue(self, head: RequestHead) -> None:
         if self._queue is None:
             self._queue = deque()
-        if len(self._queue) >= MAX_PIPELINED:
-            raise ProxyError(Code.BAD_REQUEST, detail=f"more than {MAX_PIPELINED} requests in the pipeline")
         self._queue.append(_Queued(head))
+        if len(self._queue) >= MAX_PIPELINED:
+            self._reader.is_held = True
         if not self._queue_paused:
             self._queue_paused = True
             self._gate.pause()
@@ -373,7 +382,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _connection_field(self, close: bool) -> bytes:
         exchange = self._exchange
-        draining = self._edge.draining and not self._queue  # what was received whole is still answered
+        draining = self._edge.draining and not self._queue and not self._unread  # what was received is still answered
         if close or exchange is None or not exchange.head.keep_alive or draining:
             if exchange is not None:
                 exchange.close_after = True
@@ -446,7 +455,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if (
             close
-            or (self._edge.draining and not self._queue)
+            or (self._edge.draining and not self._queue and not self._unread)
             or (exchange is not None and (exchange.close_after or not exchange.head.keep_alive))
         ):
             self._close_after(exchange)
@@ -467,6 +476,7 @@ class HttpConnection(asyncio.Protocol):
     def _close_after(self, exchange: Exchange | None) -> None:
         """Close at once if the client owes us nothing, else let it read our answer first."""
         self._queue = None
+        self._hold_unread(b"")
         whole = exchange is not None and exchange.body_done and self._broken is None
         if self._eof or (whole and self._reader.is_between_requests and not self._held_upgrade):
             self._close()
@@ -491,6 +501,8 @@ class HttpConnection(asyncio.Protocol):
             self._turn = True
             try:
                 self._serve(queued)
+                if self._unread and not self._queue:
+                    self._read_on()
             finally:
                 self._turn = False
         if self._exchange is not None or self._phase in (Phase.CLOSED, Phase.LINGER):
@@ -503,10 +515,35 @@ class HttpConnection(asyncio.Protocol):
             return
         self._after_turn()
 
-    def _serve(self, queued: _Queued) -> None:
-        if not self._queue and self._queue_paused:
+    def _read_on(self) -> None:
+        """None waits any more: look at what is left of the read."""
+        self._resume_queue()  # what this brings comes behind what is unread
+        data = self._unread
+        self._hold_unread(b"")
+        try:
+            self._hold_unread(self._reader.feed(data))
+        except ProxyError as error:
+            self._on_broken(error)
+
+    def _resume_queue(self) -> None:
+        self._reader.is_held = False
+        if self._queue_paused:
             self._queue_paused = False
             self._gate.resume()
+
+    def _hold_unread(self, data: bytes) -> None:
+        """This is what waits unread, in place of what did; counted with the bodies that are held for machines."""
+        edge = self._edge
+        edge.held_bytes += len(data) - len(self._unread)
+        self._unread = data
+        if data and edge.held_bytes > HELD_MAX_BYTES:
+            self._hold_unread(b"")
+            detail = "too much is held for requests that wait"
+            self._on_broken(ProxyError(Code.TOO_MANY_WAITERS, detail=detail, retry_after_s=1))
+
+    def _serve(self, queued: _Queued) -> None:
+        if not self._queue and not self._unread:
+            self._resume_queue()
         self._start(queued.head)
         exchange = self._exchange
         if exchange is None or exchange.head is not queued.head:
@@ -523,6 +560,7 @@ class HttpConnection(asyncio.Protocol):
         `hard` where an orderly end would look like the end of the answer: what is still unsent is given up.
         """
         self._exchange = None
+        self._hold_unread(b"")
         if self._phase is not Phase.CLOSED:
             self._phase = Phase.CLOSED
             self._edge.wheel.arm(self, CLOSE_S)

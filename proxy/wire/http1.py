@@ -22,8 +22,13 @@ CHUNKED = -1
 UNTIL_CLOSE = -2
 
 _DRY_MAX = 65_536  # bytes of a chunked body that bring no body: extensions, trailers
-_EXTENSIONS_MAX = 16_384  # bytes of chunk extensions and trailers of one request in all
-_CHUNK_LINE_MAX = 20  # bytes that frame one chunk: 16 digits and two line ends
+_EXTENSIONS_MAX = (
+    10_240  # bytes of chunk extensions and trailers of one request, but those in two slices: 16 KiB in all
+)
+_CHUNK_FRAME = 6  # bytes that frame one chunk and count for nothing, and as many more as it has data ...
+_CHUNK_PADDING = 14  # ... up to these: 16 digits and two line ends
+_HEAD_SLICE = 2_048  # bytes given to the parser at once, where heads may be: some 80 of the shortest
+_BODY_SLICE = 4_096  # and within a chunked body
 _LENGTH_MAX = (1 << 63) - 1  # above it a machine that counts in signed 64 bits would see another length
 
 # llhttp reads RTSP and tunnels too; neither is a request to pass on.
@@ -242,6 +247,11 @@ REPLAY_TYPE = b"application/vnd.fly.replay+json"
 _USUAL_CONNECTION = frozenset(
     {b"keep-alive", b"Keep-Alive", b"close", b"Close", b"upgrade", b"Upgrade", b"keep-alive, Upgrade"}
 )
+_CLOSE = frozenset({b"close", b"Close"})
+
+
+def _names_close(value: bytes) -> bool:
+    return any(token.strip().lower() == b"close" for token in value.split(b","))
 
 
 def _tokens(value: bytes) -> frozenset[bytes]:
@@ -275,9 +285,11 @@ class RequestReader:
         "_body_seen",
         "_carried",
         "_chunks",
+        "_closes",
         "_connection",
         "_dry",
         "_expects",
+        "_gathered",
         "_head",
         "_head_bytes",
         "_in_head",
@@ -297,6 +309,7 @@ class RequestReader:
         "_trailers",
         "_upgrade",
         "_upgraded",
+        "is_held",
     )
 
     def __init__(self, sink: RequestSink, limits: Limits, rules: FieldRules = PASS_ALL) -> None:
@@ -314,6 +327,8 @@ class RequestReader:
         self._chunks = 0
         self._overhead = 0
         self._dry = 0
+        self._gathered: list[bytes] | None = None  # body pieces of a long read, given on as one
+        self.is_held = False  # the sink has enough for now
         self._last = False  # the body that went round the parser was that of the last request
         self._trailers: Headers = []
         self._upgraded = False
@@ -324,6 +339,7 @@ class RequestReader:
         self._special = False  # a field that frames or steers, other than Host, was in this head
         self._length = 0
         self._connection: frozenset[bytes] = _NO_HOPS
+        self._closes = False
         self._upgrade: bytes | None = None
         self._expects = False
         self._noted: list[tuple[bytes, bytes]] | None = None
@@ -343,19 +359,21 @@ class RequestReader:
         self._parser = None  # type: ignore[assignment]  # nothing is fed any more
         self._sink = None  # type: ignore[assignment]
 
-    def feed(self, data: bytes) -> None:
-        """Take what the client sent.
+    def feed(self, data: bytes) -> bytes:
+        """Take what the client sent. If the sink sets `is_held` meanwhile, returns what is left of it, to be fed first.
 
         Raises ProxyError (source downstream) with the code that says what was wrong.
         """
         is_upgraded = self._upgraded  # a local: the parser changes it below, which a type checker does not see
         if is_upgraded:
             self._sink.on_upgrade_bytes(data)
-            return
+            return b""
         if self._remaining:
             data = self._take_body(data)
             if not data:
-                return
+                return b""
+        if len(data) > _HEAD_SLICE and self._gathered is None:
+            return self._feed_slices(data)
         if self._last and self._in_head and data.strip(b"\r\n"):
             raise _bad("data after `Connection: close`")
         before, seen = None, 0
@@ -372,7 +390,7 @@ class RequestReader:
                 if self._upgraded:
                     if data:
                         self._sink.on_upgrade_bytes(data)
-                    return
+                    return b""
                 if data:
                     continue  # an upgrade that is not passed on: what follows is the next request
             except httptools.HttpParserCallbackError as error:
@@ -397,9 +415,37 @@ class RequestReader:
                 self._body_seen = self._chunks = 0  # what came with the head is no credit for what follows
             else:
                 self._dry = self._dry + len(data) if self._body_seen == seen else 0
-                framing = self._overhead - self._body_seen - _CHUNK_LINE_MAX * self._chunks
+                chunks, body = self._chunks, self._body_seen
+                framing = self._overhead - body - _CHUNK_FRAME * chunks - min(_CHUNK_PADDING * chunks, body)
                 if self._dry > _DRY_MAX or framing > _EXTENSIONS_MAX:
                     raise _bad("chunk extensions or trailers without end")
+        return b""
+
+    def _feed_slices(self, data: bytes) -> bytes:
+        """A long read, a slice at a time: bounds are looked at between two, and the sink may say that it is enough."""
+        gathered: list[bytes] = []
+        self._gathered = gathered
+        at, end = 0, len(data)
+        try:
+            while at < end and not self.is_held:
+                size = self._remaining
+                if size:
+                    self._give_gathered(gathered)
+                    self._take_body(data[at : at + size])
+                else:
+                    size = end if self._upgraded else _HEAD_SLICE if self._in_head else _BODY_SLICE
+                    self.feed(data[at : at + size])
+                at += size
+        finally:
+            self._gathered = None
+            self._give_gathered(gathered)
+        return data[at:]
+
+    def _give_gathered(self, gathered: list[bytes]) -> None:
+        if gathered:
+            body = gathered[0] if len(gathered) == 1 else b"".join(gathered)
+            gathered.clear()
+            self._sink.on_body(body)
 
     def _take_body(self, data: bytes) -> bytes:
         size = len(data)
@@ -427,16 +473,18 @@ class RequestReader:
         if kind is None:
             kind = self._rules.judge(name)
         if not self._in_head:
-            self._on_trailer(name, value)
+            self._on_trailer(kind, name, value)
         elif kind == _PASSED:
             self._add((name, b": ", value, b"\r\n"))
         elif kind != _DROPPED:
             self._on_special(kind, name, value)
 
-    def _on_trailer(self, name: bytes, value: bytes) -> None:
+    def _on_trailer(self, kind: int, name: bytes, value: bytes) -> None:
+        if kind in (_HOST, _LENGTH, _ENCODING, _REFUSED):  # merged, they would frame or route anew
+            raise _bad("a trailer that may not be one")
         self._trailers.append((name, value))
         if len(self._trailers) > self._limits.max_headers:
-            raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="too many trailer fields")
+            raise _bad("too many trailer fields")
 
     def _on_special(self, kind: int, name: bytes, value: bytes) -> None:
         if kind == _HOST:
@@ -460,6 +508,9 @@ class RequestReader:
         elif kind == _CONNECTION:
             if value not in _USUAL_CONNECTION:
                 self._connection |= _tokens(value)
+                self._closes = self._closes or _names_close(value)
+            elif value in _CLOSE:
+                self._closes = True
         elif kind == _UPGRADE:
             self._upgrade = value if self._upgrade is None else self._upgrade + b", " + value
         elif kind == _EXPECT:
@@ -538,6 +589,8 @@ class RequestReader:
         head.length = length = self._length
         if length == CHUNKED and not minor:
             raise _bad("a Transfer-Encoding in HTTP/1.0")
+        if self._closes and not minor:
+            head.keep_alive = False  # for the parser, a keep-alive beside it wins in HTTP/1.0; RFC 9112 §9.3
         head.listed_hops = self._connection
         head.noted = self._noted or _NOTHING
         head.expects_continue = self._expects
@@ -551,13 +604,17 @@ class RequestReader:
         self._special = False
         self._length = 0
         self._connection = _NO_HOPS
+        self._closes = False
         self._upgrade = None
         self._expects = False
         self._noted = None
 
     def on_body(self, data: bytes) -> None:
         self._body_seen += len(data)
-        self._sink.on_body(data)
+        if self._gathered is None:
+            self._sink.on_body(data)
+        else:
+            self._gathered.append(data)
 
     def on_chunk_header(self) -> None:
         self._chunks += 1
@@ -568,6 +625,8 @@ class RequestReader:
         self._carried = self._head_bytes + self._overhead
         self._head_bytes = 0
         if head is not None and head.length:  # a request without a body was whole with its head
+            if self._gathered:
+                self._give_gathered(self._gathered)
             trailers = self._trailers
             if trailers:
                 self._trailers = []
