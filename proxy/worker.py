@@ -66,7 +66,8 @@ FD_RESERVE = 512
 HANDED_MAX_S = 1.0  # from the moment a machine accepted a connection to its first use: longer, and it may be dropped
 _HANDED_ROOM = socket.CMSG_SPACE(4 * array("i").itemsize)  # what does not fit is closed by the kernel
 GOODBYE_WAIT_S = 2.5  # for tunnels told that the worker stops
-RETIRED_LINGER_S = 5.0  # a kept connection of a retired worker may bring one more request, whose answer ends it
+DRAIN_LINGER_S = 0.25  # a request may be on its way on a kept connection: its answer is to end it, not a reset
+RETIRED_LINGER_S = 5.0  # where nobody waits for the end
 
 log = logging.getLogger("worker")
 
@@ -124,7 +125,7 @@ class Worker:
         self._stop = asyncio.Event()
         self._let_go_at: float | None = None  # monotonic seconds, once this worker drains
         self._hurried = asyncio.Event()  # that time has come nearer
-        self._linger_s = 0.0  # for connections that rest, once it retires
+        self._linger_s = DRAIN_LINGER_S  # for connections that rest
         self._loaded = asyncio.Event()
         self._next_beat = 0.0
 
@@ -250,9 +251,8 @@ class Worker:
         message = json.loads(data)
         match message.get("op"):
             case "drain":
-                self._linger_s = 0.0
                 for listener in self._listeners + self._retired if self.edge.draining else ():
-                    listener.drain()
+                    listener.drain(DRAIN_LINGER_S)
                 self._let_go_in(message.get("timeout_s", self._ctx.plan.drain_timeout_s))
             case "retire":
                 log.info("others accept now: keeping %d connections until they end", self._gate.open)

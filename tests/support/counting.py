@@ -38,6 +38,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         now += 1
         most = max(most, now)
         asked = parse_qs(parts.query)
+        await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0] or 0))
         if method == "POST":
             one = asked["id"][0]
             posts[one] = posts.get(one, 0) + 1
