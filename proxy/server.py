@@ -41,6 +41,7 @@ from proxy.control.machines import Fleet, Owned, WakeResult
 from proxy.control.plan import NodePlan, keep_plan, kept_plan, plan_of
 from proxy.control.prober import plain_socket
 from proxy.control.store import Store
+from proxy.decide.restart import hold_left_s
 from proxy.errors import Code
 from proxy.machines import proc
 from proxy.machines.driver import Driver, Exit
@@ -473,7 +474,7 @@ class Server:
                     row.exit_code,
                     row.oom_killed,
                     row.restart_count,
-                    row.hold_until > now,
+                    hold_left_s(row.hold_until, now) > 0,
                     self.checks.statuses(machine.id),
                 )
             )

@@ -33,6 +33,7 @@ from proxy.decide.autostop import (
     is_busy_until,
     policy_of,
 )
+from proxy.decide.restart import hold_left_s
 from proxy.model import AppName, Autostop, MachineId, MachineState
 from proxy.state import SharedMemory
 
@@ -213,7 +214,7 @@ class IdleWatch:
             return
         counted, now = [one for one in pool.machines if self._counts(one)], self._clock.unix()
         resting = [
-            Resting(one.id, one.state, one.row.hold_until > now or one.row.stopped_by == "user")
+            Resting(one.id, one.state, hold_left_s(one.row.hold_until, now) > 0 or one.row.stopped_by == "user")
             for one in counted
             if one.flight is None and one.state is not MachineState.STARTED
         ]

@@ -30,7 +30,7 @@ from proxy.control.prober import AlarmClock, SocketMaker, connect_when_listening
 from proxy.control.specs import digest_of, with_version
 from proxy.control.store import Event, MachineRow, Store
 from proxy.control.ulid import new_ulid
-from proxy.decide.restart import hold_s, restart_pause_s
+from proxy.decide.restart import hold_left_s, hold_s, restart_pause_s
 from proxy.errors import Code
 from proxy.machines.driver import Driver, DriverError, Exit, MachineSpec, Running
 from proxy.model import Autostop, Endpoint, Machine, MachineId, MachineState, RegionCode, RestartPolicy
@@ -348,8 +348,8 @@ class Fleet:
         services = machine.app.services_of(row.group)
         if not any(service.autostart for service in services):
             return WakeResult(version, Code.NOT_STARTABLE, "auto_start_machines is off")
-        left = row.hold_until - self._clock.unix()
-        if left > 0:  # whatever its state: one that never listened may still be stopping
+        left = hold_left_s(row.hold_until, self._clock.unix())
+        if left:  # whatever its state: one that never listened may still be stopping
             return WakeResult(version, Code.WAKE_HELD, row.hold_reason or "", max(1, round(left)))
         return None
 
@@ -600,7 +600,7 @@ class Fleet:
 
     def _failed(self, machine: Owned, code: Code) -> WakeResult:
         row = machine.row
-        left = max(1, round(row.hold_until - self._clock.unix())) if row.hold_until else None
+        left = max(1, round(hold_left_s(row.hold_until, self._clock.unix()))) if row.hold_until else None
         return WakeResult(row.version, code, row.hold_reason or f"it is {machine.state}", left)
 
     def _count_failure(self, machine: Owned, reason: str) -> None:

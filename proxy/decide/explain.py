@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from proxy.decide.access import Networks, WakeFilter
 from proxy.decide.navigation import wants_page
+from proxy.decide.restart import hold_left_s
 from proxy.decide.wake import Held, choose_to_wake
 from proxy.model import AccessRules, App, Balance, Machine, MachineId, MachineState, Port, Service
 from proxy.wire.http1 import is_served
@@ -161,11 +162,10 @@ def _forced(
 
 
 def _held(found: Explanation, machine: Machine, now: float) -> Explanation | None:
-    if machine.hold_reason is None or machine.hold_until <= now:
+    left_s = hold_left_s(machine.hold_until, now)
+    if machine.hold_reason is None or not left_s:
         return None
-    found.say(
-        "held", f"{machine.id} is not started for another {machine.hold_until - now:.0f} s: {machine.hold_reason}"
-    )
+    found.say("held", f"{machine.id} is not started for another {left_s:.0f} s: {machine.hold_reason}")
     return found.end("refuse", "WM01")
 
 

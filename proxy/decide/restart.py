@@ -40,3 +40,12 @@ def hold_s(failures: int) -> float:
     if failures <= 0:
         return 0.0
     return min(LONGEST_HOLD_S, 2.0 ** (min(failures, 10) - 1))
+
+
+def hold_left_s(until: float, now: float) -> float:
+    """Seconds for which a hold until then goes on; 0 if there is none. Both are unix seconds.
+
+    More than any hold lasts means that the clock was set back since: then it is over, not prolonged by as much.
+    """
+    left = until - now
+    return left if 0.0 < left <= LONGEST_HOLD_S else 0.0

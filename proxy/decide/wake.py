@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from proxy.decide.restart import hold_left_s
 from proxy.model import Machine, MachineId, MachineState
 
 # Nearest to answering first: one that runs or is starting already, then a frozen one, then a cold one. One that runs
@@ -41,9 +42,10 @@ def choose_to_wake(machines: Iterable[Machine], groups: tuple[str, ...], now: fl
         rank = _RANK.get(machine.state)
         if rank is None or machine.cordoned or machine.group not in groups:
             continue
-        if machine.hold_reason is not None and machine.hold_until > now and machine.state is not MachineState.STARTING:
+        reason = machine.hold_reason if hold_left_s(machine.hold_until, now) else None
+        if reason is not None and machine.state is not MachineState.STARTING:
             if held is None or machine.hold_until < held.until:
-                held = Held(machine.hold_reason, machine.hold_until)
+                held = Held(reason, machine.hold_until)
             continue
         key = (rank, machine.id)
         if best is None or key < best:

@@ -1,0 +1,5 @@
+"""Control as it is."""
+
+from proxy.server import run
+
+__all__ = ["run"]
