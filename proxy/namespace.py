@@ -24,6 +24,8 @@ MS_UNBINDABLE = 1 << 17
 MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
 
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
 _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1
@@ -31,7 +33,17 @@ _IFF_UP = 0x1
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.unshare.argtypes = (ctypes.c_int,)
+_libc.prctl.argtypes = (ctypes.c_int, *([ctypes.c_ulong] * 4))
 _libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
+
+
+def drop_ambient_capabilities() -> None:
+    """Have what this process starts from now on inherit no capability that a service manager gave it (prctl(2)).
+
+    For the calling thread and the threads that it starts. The process itself keeps what it has. Raises OSError.
+    """
+    if _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) != 0:
+        raise _error("prctl(PR_CAP_AMBIENT)")
 
 
 def unshare(flags: int) -> None:

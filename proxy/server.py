@@ -70,6 +70,10 @@ def run(ctx: ChildContext) -> int:
     """The control process, from fork to exit status."""
     begin_logging("control")
     sys.setswitchinterval(_SWITCH_S)
+    try:
+        namespace.drop_ambient_capabilities()  # low ports are the supervisor's to bind, and no machine's
+    except OSError as error:
+        log.warning("machines inherit what capabilities the service manager gave: %s", error)
     raise_open_files()  # a machine costs one to three, and one more for each probe or check
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(ctx))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -89,3 +91,22 @@ def test_errors_name_what_was_tried() -> None:
         namespace.setns(-1, namespace.CLONE_NEWNET)
     with pytest.raises(OSError, match="mount /no/such on /no/where: No such file or directory"):
         namespace.mount("/no/such", "/no/where", None, namespace.MS_BIND)
+
+
+def test_what_is_started_inherits_no_ambient_capability() -> None:
+    setpriv = shutil.which("setpriv")
+    assert setpriv is not None
+    code = (
+        "import os;from proxy import namespace as n;"
+        "status=lambda:[l for l in open('/proc/self/status') if l.startswith('Cap')];"
+        "before=status();n.drop_ambient_capabilities();after=status();"
+        "print(before[4].split()[1], after[4].split()[1], before[2]==after[2], flush=True);"
+        "os.execv('/bin/grep', ['grep', 'CapEff', '/proc/self/status'])"
+    )
+    caps = ["--inh-caps", "+net_bind_service", "--ambient-caps", "+net_bind_service"]
+    as_nobody = [setpriv, "--reuid", "65534", "--clear-groups", *caps]
+    readable = subprocess.run([*as_nobody, sys.executable, "-c", "import proxy"], capture_output=True, check=False)
+    if readable.returncode:
+        pytest.skip("another user cannot read this folder")
+    told = subprocess.run([*as_nobody, sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == [f"{1 << 10:016x}", "0" * 16, "True", "CapEff:", "0" * 16]

@@ -98,13 +98,28 @@ def _run(new: Path, work: Path) -> None:
         )
 
 
+def _apart(sources: list[Path]) -> list[Path]:
+    """The same files in a folder that holds nothing else.
+
+    mypy takes all that lies beside a package for the program's own, and will not have its own libraries among that, as
+    they are where packages are installed.
+    """
+    package = compiled.SETS.parent
+    if not any(package.parent.glob("*.dist-info")):
+        return sources  # a clone: a traceback can then show the line
+    folder = Path("source")
+    folder.mkdir()
+    (folder / package.name).symlink_to(package)
+    return [folder.resolve() / source.relative_to(package.parent) for source in sources]
+
+
 def _build(target: Path) -> None:
     """The work itself, in the child: C beside the current folder, the libraries into `target`."""
     from mypyc.build import mypycify
     from setuptools import Distribution
     from setuptools.errors import BaseError, CCompilerError
 
-    sources = [str(compiled.source(module)) for module in compiled.MODULES]
+    sources = [str(path) for path in _apart([compiled.source(module) for module in compiled.MODULES])]
     options = ["--config-file=", "--cache-dir=/dev/null", "--ignore-missing-imports"]
     extensions = mypycify([*options, *sources], opt_level="3", debug_level="0", target_dir="c")
     distribution = Distribution({"name": "wakefront-compiled", "ext_modules": extensions})
