@@ -35,17 +35,17 @@ def test_a_row_tells_cases_memory_cpu_and_what_the_bystander_met(node: AttackedN
     ledger = Ledger()
     for _ in range(2):
         with Attack(ledger, "A0", "nothing hostile", node) as run:
-            for number in range(50):
+            for number in range(200):
                 run.case(number)
                 got = node.attempt(node.head(f"/{number}"))
                 assert got.statuses == [200] and got.closed
                 assert [one.target for one in node.origin.take()] == [f"/{number}"]
     (row,) = ledger.rows
-    assert (row.cases, row.outcome) == (100, "held")
+    assert (row.cases, row.outcome) == (400, "held")
     assert row.growth_mib is not None and row.cpu_s is not None and 0 < row.cpu_s < row.seconds
     assert row.bystander_answers > 2 and row.bystander_p99_ms and row.fresh_p99_ms and row.quiet_p99_ms
     assert json.loads(ledger.json())[0]["row"] == "A0"
-    assert ledger.lines()[2].startswith("| A0 | nothing hostile | 100 |")
+    assert ledger.lines()[2].startswith("| A0 | nothing hostile | 400 |")
 
 
 def test_a_worker_that_stands_still_shows_in_the_bystanders_p99(node: AttackedNode) -> None:

@@ -18,10 +18,12 @@ from types import TracebackType
 from tests.support.attack_table import Figures, Ledger
 from tests.support.bystander import Bystander, Tally
 from tests.support.peer import Answer, Closed, Peer
-from tests.support.plane import Plane, static_app
+from tests.support.plane import HTTP_80, TLS_443, Plane, static_app
 from tests.support.processes import cpu_s, runs
 from tests.support.recording import RecordingOrigin, Seen
 
+# Services of type `requests` keep connections to machines: what is left on one would meet the next request.
+KEPT = f'[services.concurrency]\ntype = "requests"\nsoft_limit = 1000\n{HTTP_80}{TLS_443}'
 SAMPLE_S = 0.05
 BASELINE_S = 1.0
 _MIB = 1 << 20
@@ -52,7 +54,7 @@ class AttackedNode(Plane):
         self.origin = RecordingOrigin()
         self.bystander = Bystander()
         self.baseline: Tally | None = None  # what it meets without an attack
-        own = static_app(folder, "web", f"127.0.0.1:{self.origin.port}", more=web)
+        own = static_app(folder, "web", f"127.0.0.1:{self.origin.port}", KEPT, more=web)
         own += static_app(folder, "quiet", f"127.0.0.1:{self.bystander.port}")
         super().__init__(folder, f"{own}\n{apps}", sections, workers=workers, node=node, env=env)
 
