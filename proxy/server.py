@@ -314,7 +314,7 @@ class Server:
 
     async def _bind(self, plan: ServePlan) -> list[str]:
         """Have the supervisor listen on what is new in a plan, if anything is, and start workers for it. Or why not."""
-        old = self._node_plan
+        old, self._turn = self._node_plan, None
         if (old.listen, old.workers) == (plan.listen, plan.workers):
             return []
         self._turn = Turn(next(self._turns))
