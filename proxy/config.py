@@ -105,6 +105,11 @@ class LimitsSection:
     drain_timeout_s: float = 30.0
     wake_hints_per_source_s: float = 5.0
     wake_hints_per_s: float = 100.0
+    source_connections: int = 0
+    source_connects_s: float = 1000.0
+    source_handshakes_s: float = 200.0
+    exempt_sources: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
+    max_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,6 +492,11 @@ class _ConfigReader:
             drain_timeout_s=table.duration_s("drain_timeout", bare_unit_s=1.0),
             wake_hints_per_source_s=table.number("wake_hints_per_source", 0, 1e6),
             wake_hints_per_s=table.number("wake_hints", 0, 1e6),
+            source_connections=table.integer("source_connections", 0, 10_000_000),
+            source_connects_s=table.number("source_connects", 0, 1e6),
+            source_handshakes_s=table.number("source_handshakes", 0, 1e6),
+            exempt_sources=tuple(_networks(table, "exempt_sources")) if "exempt_sources" in table else None,
+            max_memory_bytes=table.size_bytes("max_memory", bare_unit_bytes=1),
         )
         if limits.max_target_bytes > limits.max_head_bytes:
             table.error("max_target_bytes", f"is above max_head_bytes, {limits.max_head_bytes}")
@@ -1047,7 +1057,11 @@ def _fields(kind: type[object]) -> tuple[str, ...]:
     return tuple(_KEY_OF.get(name, name.removesuffix("_s")) for name in kind.__dataclass_fields__)  # type: ignore[attr-defined]  # given dataclasses only
 
 
-_KEY_OF: Final = {"wake_hints_per_source_s": "wake_hints_per_source", "wake_hints_per_s": "wake_hints"}
+_KEY_OF: Final = {
+    "wake_hints_per_source_s": "wake_hints_per_source",
+    "wake_hints_per_s": "wake_hints",
+    "max_memory_bytes": "max_memory",
+}
 
 
 def _build(kind: type[_T], **values: object) -> _T:

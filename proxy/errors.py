@@ -70,11 +70,13 @@ class Code(enum.StrEnum):
     TLS_IO = "PT07"
     TLS_TIMEOUT = "PT08"
     TLS_INTERNAL = "PT09"
+    TLS_OVERLOADED = "WO02"
     # Fly's: no machine to send to
     NO_HEALTHY = "PR01"
     MACHINE_GONE = "PR02"
     NO_CANDIDATE_AFTER_RETRIES = "PR03"
     NO_CANDIDATE = "PR04"
+    OVERLOADED = "WO01"  # this worker has more to do than it can: what is new has to wait
     INTERNAL = "WE01"
 
 
@@ -149,14 +151,14 @@ def http_status(code: Code) -> int:
             Code.WAKE_HELD | Code.TOO_MANY_WAITERS | Code.CONTROL_UNAVAILABLE | Code.NO_CANDIDATE
             | Code.NO_CANDIDATE_AFTER_RETRIES | Code.START_FAILED | Code.NOT_STARTABLE | Code.START_CANCELLED
             | Code.WAKE_INTERNAL | Code.WAKE_IGNORED | Code.WAKE_BUDGET | Code.WAKE_PAGE | Code.QUEUE_FULL
-            | Code.QUEUE_TIMEOUT | Code.NO_HEALTHY
+            | Code.QUEUE_TIMEOUT | Code.NO_HEALTHY | Code.OVERLOADED
         ):  # fmt: skip
             return 503
         case Code.CONNECT_TIMEOUT | Code.FIRST_BYTE_TIMEOUT | Code.RESPONSE_STALLED | Code.WAKE_TIMEOUT:
             return 504
         case (
             Code.TLS_RATE_SOURCE | Code.TLS_CANCELLED | Code.TLS_FAILED | Code.TLS_NO_CERTIFICATE | Code.TLS_IO
-            | Code.TLS_TIMEOUT | Code.TLS_INTERNAL | Code.INTERNAL
+            | Code.TLS_TIMEOUT | Code.TLS_INTERNAL | Code.TLS_OVERLOADED | Code.INTERNAL
         ):  # fmt: skip
             return 500
         case _:

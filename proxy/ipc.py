@@ -88,6 +88,11 @@ class Settings(Message, frozen=True):
     drain_timeout_s: float = 30.0
     wake_hints_per_source_s: float = 5.0  # ClientHello starts a second that one source address may cause
     wake_hints_per_s: float = 100.0  # and all sources together, per worker
+    source_connections: int = 0  # of one source, per worker; 0 = a quarter of max_connections
+    source_connects_s: float = 1000.0  # new ones a second of one source, over all workers; 0 = no limit
+    source_handshakes_s: float = 200.0  # TLS handshakes likewise
+    exempt_sources: tuple[str, ...] = ("127.0.0.0/8", "::1/128")  # networks without limits for a source
+    max_memory_bytes: int = 0  # of a worker; 0 = its share of four fifths of the host's
 
 
 class TableStart(Message, frozen=True):

@@ -177,6 +177,20 @@ _WORKER_METRICS = (
     ("wakefront_log_dropped_count", "Access log lines lost.", "unknown", state.W_LOG_DROPPED),
     ("wakefront_queued", "Requests waiting for a machine below its hard limit.", "gauge", state.W_QUEUED),
     ("wakefront_queue_timeouts_count", "Requests that waited in vain.", "unknown", state.W_QUEUE_TIMEOUTS),
+    (
+        "wakefront_source_refused_count",
+        "Connections and handshakes over a source's limits.",
+        "unknown",
+        state.W_SOURCE_REFUSED,
+    ),
+    ("wakefront_shed_connections_count", "Connections refused for overload.", "unknown", state.W_SHED_CONNECTIONS),
+    ("wakefront_shed_requests_count", "Requests refused for overload.", "unknown", state.W_SHED_REQUESTS),
+    (
+        "wakefront_overload_stage",
+        "0 normal, 1 crowded, 2 sheds connections, 3 sheds requests.",
+        "gauge",
+        state.W_OVERLOAD_STAGE,
+    ),
     ("wakefront_loop_lag_us", "Latest lateness of the worker's loop.", "gauge", state.W_LOOP_LAG_US),
 )
 

@@ -38,7 +38,11 @@ W_TLS_TIME_US = 8
 W_LOOP_LAG_US = 9  # gauge: latest measured lateness of the loop
 W_QUEUED = 10  # gauge: requests that wait for a machine below its hard limit
 W_QUEUE_TIMEOUTS = 11  # those that waited in vain
-_WORKER_GAUGES = (W_CONNECTIONS, W_LOOP_LAG_US, W_QUEUED)
+W_SOURCE_REFUSED = 12  # connections and handshakes over the limits of their source
+W_SHED_CONNECTIONS = 13  # connections refused for overload
+W_SHED_REQUESTS = 14  # requests refused for overload
+W_OVERLOAD_STAGE = 15  # gauge: decide.overload.Stage
+_WORKER_GAUGES = (W_CONNECTIONS, W_LOOP_LAG_US, W_QUEUED, W_OVERLOAD_STAGE)
 
 # Cells of an app's block, in each worker's part.
 APP_CELLS = 128

@@ -29,6 +29,8 @@ from proxy.descriptors import adopt
 from proxy.edge.certificates import Certificates
 from proxy.edge.context import EdgeContext
 from proxy.edge.listener import Gate, Listener
+from proxy.edge.pressure import PressureGauge
+from proxy.edge.turnstile import Turnstile
 from proxy.edge.upstream import offered
 from proxy.errors import ProxyError
 from proxy.ipc import (
@@ -119,6 +121,8 @@ class Worker:
         self.edge.sticky_keys = (hmac.digest(secret, b"sticky cookies", "sha256"),)
         records = PackReader(run_dir / "certificates", secret)
         self._certificates = Certificates(records, self._ask_certificate, monotonic)
+        self._turnstile = Turnstile(loop, self._certificates)
+        self._pressure = PressureGauge(self.edge, self._gate, ctx.plan.workers, self._let_idle_go)
         self._listeners: list[Listener] = []
         self._covered: dict[int, list[Listener]] = {}  # spare slots that we accept for, their worker can't start
         self._retired: list[Listener] = []
@@ -141,6 +145,7 @@ class Worker:
         self._bells.listen(self._loop, self.edge.queue.on_bell)
         self._mailbox.open()
         self._link.start()
+        self._pressure.start()
         await self._loaded.wait()
         await self._listen()
         gc.collect()
@@ -155,7 +160,7 @@ class Worker:
             self._listeners.append(await self._listener(one.public_port, one.socket))
 
     async def _listener(self, public_port: int, sock: socket.socket) -> Listener:
-        listener = Listener(self.edge, self._gate, public_port, sock, self._ctx.tls_context, self._certificates)
+        listener = Listener(self.edge, self._gate, public_port, sock, self._ctx.tls_context, self._turnstile)
         await listener.start()
         return listener
 
@@ -214,7 +219,13 @@ class Worker:
                 return True
         return not self._gate.open
 
+    def _let_idle_go(self, linger_s: float) -> None:
+        """Connections run short: those that rest end soon."""
+        for listener in self._listeners + [one for covered in self._covered.values() for one in covered]:
+            listener.drain(linger_s)
+
     def close(self) -> None:
+        self._pressure.close()
         self._bells.close(self._loop)
         self._mailbox.close()
         self.edge.close()
@@ -290,6 +301,7 @@ class Worker:
     def _on_settings(self, message: Settings) -> None:
         self.edge.apply(message)
         self._gate.limit = connection_limit(message.max_connections)
+        self.edge.sources.apply(message, self._gate.limit)
 
     def _on_start(self, message: TableStart) -> None:
         self.edge.table.start_load()

@@ -133,9 +133,14 @@ def test_every_limit_can_be_set(node: Node) -> None:
     limits = node.good(
         "[limits]\nmax_head_bytes = 2048\nmax_headers = 7\nmax_target_bytes = 1024\nmax_connections = 9\n"
         'handshake_timeout = "1s"\nhead_timeout = 2\nidle_timeout = "3s"\ndrain_timeout = "0s"\n'
-        "wake_hints_per_source = 0.5\nwake_hints = 8"
+        "wake_hints_per_source = 0.5\nwake_hints = 8\nsource_connections = 10\nsource_connects = 11\n"
+        'source_handshakes = 12\nexempt_sources = ["192.0.2.0/24"]\nmax_memory = "512mb"'
     ).limits
-    assert dataclasses.astuple(limits) == (2048, 7, 1024, 9, 1.0, 2.0, 3.0, 0.0, 0.5, 8.0)
+    assert dataclasses.astuple(limits) == (
+        2048, 7, 1024, 9, 1.0, 2.0, 3.0, 0.0, 0.5, 8.0, 10, 11.0, 12.0, ("192.0.2.0/24",), 512 * 1024**2
+    )  # fmt: skip
+    assert node.good("[limits]\nexempt_sources = []").limits.exempt_sources == ()
+    assert "limits.exempt_sources" in node.errors('[limits]\nexempt_sources = ["192.0.2.0/33"]')
 
 
 def test_ports_are_bound_where_listen_says(node: Node) -> None:

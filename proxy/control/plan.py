@@ -143,7 +143,9 @@ def plan_of(config: NodeConfig) -> NodePlan:
         max_connections=limits.max_connections, handshake_timeout_s=limits.handshake_timeout_s,
         head_timeout_s=limits.head_timeout_s, idle_timeout_s=limits.idle_timeout_s,
         drain_timeout_s=limits.drain_timeout_s, wake_hints_per_source_s=limits.wake_hints_per_source_s,
-        wake_hints_per_s=limits.wake_hints_per_s,
+        wake_hints_per_s=limits.wake_hints_per_s, source_connections=limits.source_connections,
+        source_connects_s=limits.source_connects_s, source_handshakes_s=limits.source_handshakes_s,
+        exempt_sources=limits.exempt_sources, max_memory_bytes=limits.max_memory_bytes,
     )  # fmt: skip
     return NodePlan(
         name=config.node.name,

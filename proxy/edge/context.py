@@ -18,6 +18,7 @@ from proxy.edge.access_log import AccessLog
 from proxy.edge.access_record import Record
 from proxy.edge.body import BodyBudget
 from proxy.edge.queue import Queue, Ring
+from proxy.edge.sources import Sources
 from proxy.edge.table import Table
 from proxy.edge.timers import Wheel
 from proxy.edge.waker import Waker
@@ -99,6 +100,10 @@ class EdgeContext:
         self.traces = TraceMaker(os.urandom(16))
         self.log = AccessLog("", "json", self.wheel, self._count_dropped)
         self.draining = False
+        self.sources = Sources(workers)
+        self.is_crowded = False  # these three: see pressure.py
+        self.sheds_connections = False
+        self.sheds_requests = False
         self.settings = Settings(settings.protocol, "", "", "")
         self.server = b"wakefront"
         self.apply(settings)

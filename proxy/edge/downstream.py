@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import socket
+import struct
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -48,6 +49,11 @@ LINGER_S = 2.0
 CLOSE_S = 60.0  # a closing connection's last bytes get this long to leave
 LINGER_BYTES = 1024 * 1024
 UPGRADE_HELD_BYTES = 64 * 1024
+# What a client that owes a body has to bring within each idle timeout: of an announced body, bytes a second on average;
+# of a chunked one, which may be a stream of small messages, bytes in all.
+BODY_RATE = 500
+STREAM_LEAST = 64
+_NO_LINGER = struct.pack("ii", 1, 0)  # close(2) then resets (socket(7), SO_LINGER)
 _TCP_CLOSE = 7  # tcpi_state of a connection that was reset (linux/tcp_states.h)
 
 
@@ -92,9 +98,9 @@ class HttpConnection(asyncio.Protocol):
 
     __slots__ = (
         "_app_cells", "_broken", "_edge", "_entered", "_eof", "_exchange", "_gate", "_held_upgrade", "_identities",
-        "_lingered", "_listener", "_local_ip", "_out", "_phase", "_queue", "_queue_paused", "_reader", "_transport",
-        "_tunnel", "_turn", "_unread", "_write_paused", "client_ip", "deadline", "is_tls", "public_port", "sni_app",
-        "wheel_tick",
+        "_lingered", "_listener", "_local_ip", "_out", "_owed", "_phase", "_queue", "_queue_paused", "_reader",
+        "_transport", "_tunnel", "_turn", "_unread", "_write_paused", "client_ip", "deadline", "is_tls", "public_port",
+        "sni_app", "wheel_tick",
     )  # fmt: skip
 
     _transport: Transport
@@ -122,6 +128,7 @@ class HttpConnection(asyncio.Protocol):
         self._phase = Phase.IDLE
         self._write_paused = False
         self._lingered = 0
+        self._owed = 0  # bytes of the body that have to come before its deadline moves
         self._app_cells = -1  # counters of the app whose request came first
         self._entered: AccessGate | None = None  # the gate that counts this connection
         self._turn = False  # inside data_received: a finished exchange need not look for the next
@@ -138,6 +145,9 @@ class HttpConnection(asyncio.Protocol):
         local = self._transport.get_extra_info("sockname")
         self.client_ip = plain_ip(peer)
         self._local_ip = plain_ip(local)
+        if not self.is_tls and not self._listener.admits(self.client_ip):  # TLS has asked before its handshake
+            self._phase = Phase.CLOSED
+            self._transport.abort()
         self._edge.count(W_CONNECTIONS)
         self._listener.connections.add(self)
         self._edge.wheel.arm(self, self._edge.settings.head_timeout_s)
@@ -193,7 +203,7 @@ class HttpConnection(asyncio.Protocol):
         if self._app_cells >= 0:
             self._edge.cells[self._app_cells + A_DISCONNECTS] += 1
         self._listener.connections.discard(self)
-        self._listener.on_closed()
+        self._listener.on_closed(self.client_ip)
         if self._entered is not None:
             self._entered.leave(self.client_ip)
             self._entered = None
@@ -227,9 +237,9 @@ class HttpConnection(asyncio.Protocol):
             self._exchange.on_client_timeout()
         elif self._exchange is not None:
             self._exchange.on_client_gone(Code.IDLE_TIMEOUT)
-            self._transport.abort()
+            self._reset()
         elif self._phase is Phase.CLOSED:
-            self._transport.abort()
+            self._reset()
         else:
             self._close()
 
@@ -260,7 +270,9 @@ class HttpConnection(asyncio.Protocol):
             self._queue[-1].body.append(data)
         elif self._exchange is not None:
             self._exchange.on_body(data)
-            self._set_deadline()
+            self._owed -= len(data)
+            if self._owed <= 0 or self.deadline == NEVER:  # else it has not earned more time
+                self._set_deadline()
         elif self._phase is Phase.LINGER:
             self._linger(len(data))
 
@@ -382,7 +394,8 @@ class HttpConnection(asyncio.Protocol):
 
     def _connection_field(self, close: bool) -> bytes:
         exchange = self._exchange
-        draining = self._edge.draining and not self._queue and not self._unread  # what was received is still answered
+        ends = self._edge.draining or self._edge.is_crowded
+        draining = ends and not self._queue and not self._unread  # what was received is still answered
         if close or exchange is None or not exchange.head.keep_alive or draining:
             if exchange is not None:
                 exchange.close_after = True
@@ -564,7 +577,7 @@ class HttpConnection(asyncio.Protocol):
         if self._phase is not Phase.CLOSED:
             self._phase = Phase.CLOSED
             self._edge.wheel.arm(self, CLOSE_S)
-            self._transport.abort() if self._write_paused or hard else self._transport.close()
+            self._reset() if self._write_paused or hard else self._transport.close()
 
     def pause_body(self) -> None:
         self._gate.pause()
@@ -605,7 +618,10 @@ class HttpConnection(asyncio.Protocol):
         owes_body = not exchange.body_done and not self._gate.pauses and not exchange.head.expects_continue
         if self._write_paused or owes_body:
             app = exchange.app
-            self._edge.wheel.arm(self, app.record.limits.idle_timeout_s if app is not None else 60.0)
+            seconds = app.record.limits.idle_timeout_s if app is not None else 60.0
+            length = exchange.head.length
+            self._owed = min(length, int(seconds * BODY_RATE)) if length >= 0 else STREAM_LEAST
+            self._edge.wheel.arm(self, seconds)
         else:
             self.deadline = NEVER
 
@@ -624,6 +640,16 @@ class HttpConnection(asyncio.Protocol):
     def end_tunnel(self) -> None:
         if self._tunnel is not None:
             self._tunnel.going_away()
+
+    def _reset(self) -> None:
+        """End the connection at once, and what the kernel still holds for it: a peer that takes nothing would keep that
+        for minutes, and one that gets the end of a broken answer in order would take it for whole."""
+        sock = cast(socket.socket, self._transport.get_extra_info("socket"))  # uvloop's, which has its methods
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        except OSError:  # it has ended meanwhile
+            pass
+        self._transport.abort()
 
     def _close(self) -> None:
         if self._phase is not Phase.CLOSED:

@@ -37,6 +37,7 @@ from proxy.edge.upstream import UpstreamConnection, pool_for
 from proxy.errors import Code, ProxyError, Retry, Source, http_status
 from proxy.ipc import PassiveFailure
 from proxy.model import AppName, MachineId
+from proxy.state import W_SHED_REQUESTS
 from proxy.wire.http1 import CHUNKED, Headers, RequestHead, ResponseHead
 
 if TYPE_CHECKING:
@@ -160,6 +161,9 @@ class Exchange:
     def run(self) -> None:
         """Go through the phases until something answers or has to be waited for."""
         stream, head = self.stream, self.head
+        if self.edge.sheds_requests:
+            self._shed()
+            return
         app = self.edge.table.hosts.get(head.host)
         port = app.ports.get(stream.public_port) if app is not None else None
         if (
@@ -186,6 +190,11 @@ class Exchange:
         if (head.noted or port.steers or app.has_replayed) and not steer(self):
             return
         self.choose()
+
+    def _shed(self) -> None:
+        """More comes than this worker can do: what is new has to wait, for the sake of what is under way."""
+        self.edge.count(W_SHED_REQUESTS)
+        self.refuse(ProxyError(Code.OVERLOADED, detail="the worker is overloaded", retry_after_s=1))
 
     def choose(self) -> None:
         """Send it to a machine, or wait for one."""

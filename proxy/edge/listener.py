@@ -19,6 +19,8 @@ from proxy.model import WakeOn
 from proxy.state import (
     W_ACCEPTED,
     W_REFUSED,
+    W_SHED_CONNECTIONS,
+    W_SOURCE_REFUSED,
     W_TLS_ERRORS,
     W_TLS_HANDSHAKES,
     W_TLS_RESUMED,
@@ -114,6 +116,9 @@ class Listener:
         if self._gate.open >= self._gate.limit:
             edge.count(W_REFUSED)
             return _Refused()
+        if edge.sheds_connections:
+            edge.count(W_SHED_CONNECTIONS)
+            return _Refused()
         edge.count(W_ACCEPTED)
         kind = edge.table.port_kind(self.public_port)
         if kind == "plain" or self._acceptor is None:
@@ -131,9 +136,17 @@ class Listener:
         self._gate.enter()
         return self._acceptor()
 
-    def on_closed(self) -> None:
-        """A connection that had come as far as HTTP has ended."""
+    def admits(self, ip: str) -> bool:
+        """Count a connection with its source; whether that may have it. `on_closed` must follow in any case."""
+        if self._edge.sources.enter(ip):
+            return True
+        self._edge.count(W_SOURCE_REFUSED)
+        return False
+
+    def on_closed(self, ip: str) -> None:
+        """A connection has ended that had come as far as HTTP."""
         self._gate.leave()
+        self._edge.sources.leave(ip)
 
     def on_rejected(self, connection: HttpConnection, error: ProxyError) -> None:
         """Bytes came that made no request; the connection has answered."""
@@ -148,6 +161,9 @@ class Listener:
         if app is None or port is None or not port.tls:
             raise ProxyError(Code.TLS_NO_CERTIFICATE, detail=f"no app serves {hello.server_name} with TLS here")
         ip = plain_ip(peer)
+        if not self._edge.sources.may_shake_hands(ip):
+            self._edge.count(W_SOURCE_REFUSED)
+            raise ProxyError(Code.TLS_RATE_SOURCE, detail=f"{ip} begins handshakes more often than the node allows")
         if app.gate is not None and not app.gate.handshake(ip, self._edge.wheel.now):
             raise ProxyError(Code.TLS_RATE_SOURCE, detail=f"{ip} begins handshakes more often than {app.name} allows")
         service = port.service
@@ -172,8 +188,11 @@ class Listener:
         if resumed:
             edge.count(W_TLS_RESUMED)
 
-    def on_unfinished(self) -> None:
-        self._gate.leave()
+    def on_connected(self, peer: Any) -> bool:
+        return self.admits(plain_ip(peer))
+
+    def on_unfinished(self, peer: Any) -> None:
+        self.on_closed(plain_ip(peer))
 
     def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         self._edge.count(W_TLS_ERRORS)
@@ -181,7 +200,7 @@ class Listener:
 
 
 class _Refused(asyncio.Protocol):
-    """Over the connection limit: closed before a byte is read."""
+    """More than is served: closed before a byte is read."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
@@ -190,7 +209,7 @@ class _Refused(asyncio.Protocol):
 class _Sniffer(asyncio.Protocol):
     """Waits for the first byte of a connection to a port on which both TLS and plain HTTP are spoken."""
 
-    __slots__ = ("_listener", "_timer", "_transport")
+    __slots__ = ("_ip", "_listener", "_timer", "_transport")
 
     _transport: asyncio.Transport
 
@@ -201,11 +220,14 @@ class _Sniffer(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport, but has its methods
         edge = self._listener._edge
         self._listener._gate.enter()
+        self._ip = plain_ip(transport.get_extra_info("peername"))
+        if not self._listener.admits(self._ip):
+            self._transport.abort()
         self._timer = edge.wheel.call_later(edge.settings.handshake_timeout_s, self._transport.abort)
 
     def data_received(self, data: bytes) -> None:
         self._timer.cancel()
-        self._listener._gate.leave()
+        self._listener.on_closed(self._ip)  # the inner one is counted anew
         inner = self._listener.tls() if data[:1] == b"\x16" else self._listener.plain()
         self._transport.set_protocol(inner)
         inner.connection_made(self._transport)
@@ -213,4 +235,4 @@ class _Sniffer(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
-        self._listener._gate.leave()
+        self._listener.on_closed(self._ip)

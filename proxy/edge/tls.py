@@ -84,12 +84,15 @@ class CertificateSource(Protocol):
 class TlsEvents(Protocol):
     """Who counts."""
 
+    def on_connected(self, peer: Any) -> bool:
+        """A connection was made, by this peername; False has it cut before a byte is read."""
+
     def on_handshake(self, version: str, resumed: bool, seconds: float) -> None: ...
 
     def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         """A handshake or connection failed. `peer` is the transport's peername."""
 
-    def on_unfinished(self) -> None:
+    def on_unfinished(self, peer: Any) -> None:
         """A connection has ended whose handshake was never over."""
 
 
@@ -157,6 +160,7 @@ class TlsConnection(asyncio.Protocol):
         "_object",
         "_outer",
         "_outgoing",
+        "_peer",
         "_reader",
         "_received",
         "_state",
@@ -171,6 +175,7 @@ class TlsConnection(asyncio.Protocol):
 
     def __init__(self, acceptor: TlsAcceptor) -> None:
         self._acceptor = acceptor
+        self._peer: Any = None
         self._state = _State.HELLO
         self._reader: HelloReader | None = HelloReader()
         self._hello: ClientHello | None = None
@@ -179,6 +184,10 @@ class TlsConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._outer = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
+        self._peer = transport.get_extra_info("peername")
+        if not self._acceptor.events.on_connected(self._peer):
+            self._state = _State.REFUSED
+            self._outer.abort()
         self._timer = self._acceptor.timers.call_later(self._acceptor.handshake_timeout_s, self._on_timeout)
 
     def data_received(self, data: bytes) -> None:
@@ -210,7 +219,7 @@ class TlsConnection(asyncio.Protocol):
         self._hello = hello
         self._hello_at = clock.monotonic()
         try:
-            self._acceptor.on_hello(hello, self._outer.get_extra_info("peername"))
+            self._acceptor.on_hello(hello, self._peer)
             context = self._acceptor.source.find(hello.server_name)
         except ProxyError as error:
             self._refuse(error.code, _alert_for(error.code), error.detail)
@@ -300,7 +309,7 @@ class TlsConnection(asyncio.Protocol):
 
     def _count(self, code: Code, detail: str) -> None:
         name = self._hello.server_name if self._hello is not None else None
-        self._acceptor.events.on_error(code, name, detail, self._outer.get_extra_info("peername"))
+        self._acceptor.events.on_error(code, name, detail, self._peer)
 
     def _leave_source(self) -> None:
         if self._state is _State.CERTIFICATE and self._hello is not None:
@@ -312,7 +321,7 @@ class TlsConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         # called only while the handshake is not over: afterwards the outer transport's protocol is another
         self._timer.cancel()
-        self._acceptor.events.on_unfinished()
+        self._acceptor.events.on_unfinished(self._peer)
         self._lost(Code.TLS_IO, str(exc) if exc is not None else "closed")
 
     def _lost(self, code: Code, detail: str) -> None:

@@ -248,7 +248,9 @@ class Attack:
         if self._growth_mib is not None:
             assert growth is not None and growth <= self._growth_mib, f"grew by {growth} MiB"
         if self._p99_ms is not None:
-            assert p99 is not None and p99 <= self._p99_ms, f"p99 of the bystander was {p99} ms"
+            # where the machine itself makes the bystander wait, the mark is thrice that
+            mark = max(self._p99_ms, 3 * (self.figures.quiet_p99_ms or 0.0))
+            assert p99 is not None and p99 <= mark, f"p99 of the bystander was {p99} ms"
 
 
 class Sampler:

@@ -173,7 +173,7 @@ class _Asker:
         due: float,
         times: list[float] | None,
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-        """One request; returns its connection, unless it failed."""
+        """One request; returns its connection, unless that failed or the answer ends it."""
         made = connection
         begun = time.monotonic()
         begun = due if begun - due > TIMER_S else begun
@@ -199,6 +199,9 @@ class _Asker:
             raise
         if times is not None:
             times.append((time.monotonic() - begun) * 1000)
+        if b"\r\nconnection: close\r\n" in head.lower():
+            made[1].transport.abort()
+            return None
         return made
 
 

@@ -38,7 +38,10 @@ class Events:
         self.errors.append((code, server_name, detail))
         self.error_came.set()
 
-    def on_unfinished(self) -> None:
+    def on_connected(self, peer: Any) -> bool:
+        return True
+
+    def on_unfinished(self, peer: Any) -> None:
         self.unfinished += 1
 
     @property

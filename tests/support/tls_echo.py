@@ -41,7 +41,10 @@ class NoEvents:
     def on_error(self, code: Code, server_name: str | None, detail: str, peer: Any) -> None:
         pass
 
-    def on_unfinished(self) -> None:
+    def on_connected(self, peer: Any) -> bool:
+        return True
+
+    def on_unfinished(self, peer: Any) -> None:
         pass
 
 
