@@ -10,6 +10,7 @@ import struct
 
 import pytest
 
+from proxy.clock import unix
 from proxy.edge import upstream
 from proxy.edge.downstream import HttpConnection
 from proxy.edge.exchange import Exchange
@@ -318,7 +319,8 @@ async def test_what_goes_away_finishes_its_requests_and_takes_no_more(edge: Edge
     elif how == "machine removed":
         edge.set_app(edge.app())
     else:
-        stopping = edge.machine(origin.port, state=MachineState.STOPPED, version=2, hold_reason="x", hold_until=9e9)
+        hold = {"hold_reason": "x", "hold_until": unix() + 60}
+        stopping = edge.machine(origin.port, state=MachineState.STOPPED, version=2, **hold)
         edge.edge.table.set_machine(AppName("hello"), stopping)
     go.set()
     assert (await asyncio.wait_for(reader.readuntil(b"ok"), 5)).startswith(b"HTTP/1.1 200 OK\r\n")
