@@ -32,7 +32,7 @@ What there is (tests/support/attacks.py, recording.py, bystander.py, peer.py):
 
 Attacks of the same row and name, such as those of a parametrized test, become one line. WAKEFRONT_ATTACK_TABLE=PATH
 writes the rows as JSON. `cases(normal)` gives how many generated cases to run: WAKEFRONT_CASES multiplies it
-(`./run soak` does). WAKEFRONT_SOAK=SECONDS is how long the longer runs last.
+(`./run soak` does). WAKEFRONT_SEED takes a printed seed again. WAKEFRONT_SOAK=SECONDS is how long the longer runs last.
 """
 
 from __future__ import annotations
