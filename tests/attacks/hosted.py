@@ -2,6 +2,7 @@
 
 GET /reach?host=H&port=P&path=/X     status and start of the body of a request to there, or the error
 GET /read?path=P                     length of a file, or the error
+GET /show?path=P                     its text, or the error
 GET /unix?path=P                     "connected", or the error
 """
 
@@ -28,6 +29,11 @@ def read(path: str) -> str:
         return f"{len(file.read())} bytes"
 
 
+def show(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(10_000)
+
+
 def unix(path: str) -> str:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
@@ -39,7 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = urlsplit(self.path)
         words = {name: values[0] for name, values in parse_qs(asked.query).items()}
         try:
-            result = {"/reach": reach, "/read": read, "/unix": unix}[asked.path](**words)
+            result = {"/reach": reach, "/read": read, "/show": show, "/unix": unix}[asked.path](**words)
         except (OSError, http.client.HTTPException, KeyError) as error:
             result = f"{type(error).__name__}: {error}"
         body = json.dumps({"result": result, "uid": os.getuid()}).encode()

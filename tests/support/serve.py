@@ -36,6 +36,7 @@ class ServedNode:
 
     `apps` is the part of config.toml after [node] and [listen]; paths in it count from `folder`, where the caller has
     put its fly.toml files. `node` and `listen` are more lines for those two tables.
+    `prefix` is a command that runs the node's.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ServedNode:
         node: str = "",
         listen: str = "",
         env: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -69,6 +71,7 @@ workers = {workers}
 admin = "127.0.0.1:{self.admin_port}"
 {listen}
 """
+        self._prefix = prefix
         self._mark = f"WAKEFRONT_TEST_NODE={uuid.uuid4()}"
         self._env = os.environ | dict([self._mark.split("=")]) | {"WAKEFRONT_CONFIG": str(self.config)} | (env or {})
         self._log_path = folder / "serve.log"
@@ -111,7 +114,7 @@ admin = "127.0.0.1:{self.admin_port}"
         """Run `wakefront serve` without waiting. May be called again after an end."""
         with open(self._log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [wakefront(), "serve", "--config", str(self.config)],
+                [*self._prefix, wakefront(), "serve", "--config", str(self.config)],
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
