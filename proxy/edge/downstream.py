@@ -49,9 +49,10 @@ LINGER_S = 2.0
 CLOSE_S = 60.0  # a closing connection's last bytes get this long to leave
 LINGER_BYTES = 1024 * 1024
 UPGRADE_HELD_BYTES = 64 * 1024
-# What a client that owes a body has to bring within each idle timeout: of an announced body, bytes a second on average;
-# of a chunked one, which may be a stream of small messages, bytes in all.
+# What a client that owes a body has to bring within each idle timeout: of an announced body this many bytes a second on
+# average, or this part of it; of a chunked one, which may be a stream of small messages, bytes in all.
 BODY_RATE = 500
+BODY_PARTS = 64
 STREAM_LEAST = 64
 _NO_LINGER = struct.pack("ii", 1, 0)  # close(2) then resets (socket(7), SO_LINGER)
 _TCP_CLOSE = 7  # tcpi_state of a connection that was reset (linux/tcp_states.h)
@@ -620,7 +621,7 @@ class HttpConnection(asyncio.Protocol):
             app = exchange.app
             seconds = app.record.limits.idle_timeout_s if app is not None else 60.0
             length = exchange.head.length
-            self._owed = min(length, int(seconds * BODY_RATE)) if length >= 0 else STREAM_LEAST
+            self._owed = min(length // BODY_PARTS, int(seconds * BODY_RATE)) if length >= 0 else STREAM_LEAST
             self._edge.wheel.arm(self, seconds)
         else:
             self.deadline = NEVER
