@@ -1,8 +1,9 @@
-"""The longer runs: every attack with more cases, again and again, then random load while machines come and go.
+"""The longer runs: every attack with more cases, change under load, then random load while machines come and go.
 
-`./run soak [--minutes N] [--only attacks|load]`. Two thirds of the time are for tests/attacks in whole rounds, at least
-one, each with new seeds; the rest for tests/system/test_soak.py. The attack table is of all rounds: cases and times
-added up, the highest of all memory and latency figures.
+`./run soak [--minutes N] [--only attacks|change|load]`. Two thirds of the time are for tests/attacks in whole rounds,
+one at least, with new seeds each. Then reloads, upgrades and killed workers (tests/system/test_change_under_load.py, two
+minutes); the rest is for tests/system/test_soak.py. The attack table is of all rounds: cases and times added up, the
+highest of all memory and latency figures.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ROUND_MORE_S = 900  # a test may take so much longer than the time asked for
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="how long it all takes, about (30)")
-    parser.add_argument("--only", choices=("attacks", "load"), help="a part of it")
+    parser.add_argument("--only", choices=("attacks", "change", "load"), help="a part of it")
     parser.add_argument("--quick", action="store_true", help="results go to a folder that git ignores")
 
 
@@ -35,13 +36,19 @@ def run(arguments: argparse.Namespace) -> int:
     folder = result_folder("attacks", arguments.quick)
     ledger, told, failed = Ledger(), list[str](), False
     with tempfile.TemporaryDirectory(prefix="wakefront-soak-") as scratch:
-        if arguments.only != "load":
+        if arguments.only in (None, "attacks"):
             share = seconds if arguments.only else seconds * 2 / 3
             for number, status in enumerate(_rounds(share, Path(scratch), ledger), 1):
                 told.append(f"round {number} of the attacks: {'all held' if status == 0 else f'status {status}'}")
                 failed = failed or status != 0
                 _write(folder, arguments, ledger, told)
-        if arguments.only != "attacks":
+        if arguments.only in (None, "change"):
+            status, lines = _change()
+            told += lines
+            told.append("reloads, upgrades and killed workers: " + ("nothing unexplained" if status == 0 else "FAILED"))
+            failed = failed or status != 0
+            _write(folder, arguments, ledger, told)
+        if arguments.only in (None, "load"):
             share = seconds if arguments.only else seconds / 3
             status, lines = _load(share)
             told += lines
@@ -64,6 +71,15 @@ def _rounds(seconds: float, scratch: Path, ledger: Ledger) -> Iterator[int]:
         if rows.exists():
             ledger.add_json(rows.read_text())
         yield status
+
+
+def _change() -> tuple[int, list[str]]:
+    """Status of test_change_under_load in its long form, and its ledger."""
+    status, output = _pytest("tests/system/test_change_under_load.py", 120.0, {})
+    words = ("reload x", "upgrade x", "kill x")
+    wrk = [line.strip() for line in output.splitlines() if " requests in " in line or line.startswith("Socket errors")]
+    ledger = [line.strip(" .\n") for line in output.splitlines() if line.strip(" .").startswith(words)]
+    return status, [*ledger, *(f"wrk through reloads and upgrades: {line}" for line in wrk)]
 
 
 def _load(seconds: float) -> tuple[int, list[str]]:
