@@ -1,9 +1,9 @@
 """The longer runs: every attack with more cases, change under load, then random load while machines come and go.
 
 `./run soak [--minutes N] [--only attacks|change|load]`. Two thirds of the time are for tests/attacks in whole rounds,
-one at least, with new seeds each. Then reloads, upgrades and killed workers (tests/system/test_change_under_load.py, two
-minutes); the rest is for tests/system/test_soak.py. The attack table is of all rounds: cases and times added up, the
-highest of all memory and latency figures.
+one at least, with new seeds each. Then come reloads, upgrades and killed workers (test_change_under_load.py, two
+minutes); the rest is for test_soak.py. The attack table is of all rounds: cases and times added up, the highest of all
+memory and latency figures.
 """
 
 from __future__ import annotations

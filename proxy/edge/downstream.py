@@ -52,7 +52,7 @@ UPGRADE_HELD_BYTES = 64 * 1024
 # What a client that owes a body has to bring within each idle timeout: of an announced body this many bytes a second on
 # average, or this part of it; of a chunked one, which may be a stream of small messages, bytes in all.
 BODY_RATE = 500
-BODY_PARTS = 64
+BODY_PARTS = 16
 STREAM_LEAST = 64
 _NO_LINGER = struct.pack("ii", 1, 0)  # close(2) then resets (socket(7), SO_LINGER)
 _TCP_CLOSE = 7  # tcpi_state of a connection that was reset (linux/tcp_states.h)
