@@ -1,6 +1,7 @@
 """The bystander of an attack: a process of its own that asks honest requests at a steady rate and times them.
 
-It is client and origin in one, so that neither shares a thread with the attacker. A request's time counts from the
+It is client and origin in one, so that neither shares a thread with the attacker. It asks that origin directly, too:
+what such a request meets is the host's doing, not the node's. A request's time counts from the
 moment it was due, not from when it could be sent: a server that stands still for a second is seen to do so.
 
     python -m tests.support.bystander SOURCE        its first line of output: {"port": OF_ITS_ORIGIN}
@@ -30,6 +31,7 @@ ANSWER_S = 20.0
 TIMER_S = 0.003  # what a timer may be late by and is no server's doing
 SOURCE = "127.0.0.9"  # an address of its own: limits of the attacker's address are not its
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+DIRECT_PER_S = 50.0
 _CAUSES = (OSError, EOFError, ValueError, TimeoutError)
 
 
@@ -40,6 +42,7 @@ class Tally:
     kept_ms: list[float] = field(default_factory=list)
     fresh_ms: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    direct_ms: list[float] = field(default_factory=list)  # past the node, straight to the origin
 
     @property
     def answers(self) -> int:
@@ -49,6 +52,11 @@ class Tally:
     def p99_ms(self) -> float:
         """Of all requests; 0 if there were none."""
         return quantile(self.kept_ms + self.fresh_ms, 0.99)
+
+    @property
+    def direct_p99_ms(self) -> float:
+        """Of those that went past the node."""
+        return quantile(self.direct_ms, 0.99)
 
     @property
     def fresh_p99_ms(self) -> float:
@@ -119,9 +127,10 @@ class Bystander:
 class _Asker:
     """Asks at a rate while `run` runs."""
 
-    def __init__(self, source: str, tally: Callable[[], Tally], command: dict[str, Any]) -> None:
+    def __init__(self, source: str, tally: Callable[[], Tally], command: dict[str, Any], is_direct: bool) -> None:
         self._source = source
         self._tally = tally
+        self._is_direct = is_direct
         self._port = command["port"]
         self._head = f"GET /bystander HTTP/1.1\r\nHost: {command['host']}\r\n".encode()
         self._kept = command["kept"]
@@ -147,11 +156,15 @@ class _Asker:
         try:
             while True:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-                connection = await self._ask(connection, b"\r\n", due, self._tally().kept_ms)
+                connection = await self._ask(connection, b"\r\n", due, self._kept_times())
                 due += self._kept_pause_s
         finally:
             if connection is not None:
                 connection[1].transport.abort()
+
+    def _kept_times(self) -> list[float]:
+        tally = self._tally()
+        return tally.direct_ms if self._is_direct else tally.kept_ms
 
     async def _refresh(self, group: asyncio.TaskGroup) -> None:
         await self.ready.wait()
@@ -221,12 +234,14 @@ class _Process:
     def __init__(self, source: str) -> None:
         self._source = source
         self._tally = Tally()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._port = 0  # our origin's
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         server = await loop.create_server(_Origin, "127.0.0.1", 0)
-        say({"port": server.sockets[0].getsockname()[1]})
+        self._port = server.sockets[0].getsockname()[1]
+        say({"port": self._port})
         reader = asyncio.StreamReader()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         while line := await reader.readline():
@@ -241,21 +256,23 @@ class _Process:
     async def _aim(self, command: dict[str, Any]) -> dict[str, Any]:
         await self._rest({})
         self._tally = Tally()
-        asker = _Asker(self._source, lambda: self._tally, command)
-        self._task = asyncio.get_running_loop().create_task(asker.run())
-        async with asyncio.timeout(ANSWER_S):
-            await asker.ready.wait()
+        direct = {"port": self._port, "host": "direct", "kept": 1, "kept_per_s": DIRECT_PER_S, "fresh_per_s": 0}
+        for told, is_direct in ((direct, True), (command, False)):
+            asker = _Asker(self._source, lambda: self._tally, told, is_direct)
+            self._tasks.append(asyncio.get_running_loop().create_task(asker.run()))
+            async with asyncio.timeout(ANSWER_S):
+                await asker.ready.wait()
         if self._tally.failures:
             raise ValueError(f"the bystander cannot reach its app: {self._tally.failures[0]}")
         return {}
 
     async def _take(self, command: dict[str, Any]) -> dict[str, Any]:
         taken, self._tally = self._tally, Tally()
-        return {"kept_ms": taken.kept_ms, "fresh_ms": taken.fresh_ms, "failures": taken.failures}
+        return vars(taken)
 
     async def _rest(self, command: dict[str, Any]) -> dict[str, Any]:
-        task, self._task = self._task, None
-        if task is not None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
             try:
                 await task
