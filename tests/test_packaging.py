@@ -38,7 +38,6 @@ def installed(folder: Path, *drop_ins: Path) -> Path:
     program = shlex.join([str(Path(sys.executable).with_name("wakefront"))])
     text = UNIT.read_text().replace("/opt/wakefront/current/bin/wakefront", program)
     text = text.replace("User=wakefront", "User=daemon").replace("Group=wakefront", "Group=daemon")
-    text = text.replace("Documentation=file:///usr/share/doc/wakefront/installing.md\n", "")
     more = "".join(one.read_text() for one in drop_ins)
     unit = folder / "wakefront.service"
     unit.write_text(text.replace("\n[Install]", f"\n{more.replace('[Service]', '')}\n[Install]"))
