@@ -49,8 +49,10 @@ LINGER_S = 2.0
 CLOSE_S = 60.0  # a closing connection's last bytes get this long to leave
 LINGER_BYTES = 1024 * 1024
 UPGRADE_HELD_BYTES = 64 * 1024
-# What a client that owes a body has to bring within each idle timeout: of an announced body this many bytes a second on
-# average, or this part of it; of a chunked one, which may be a stream of small messages, bytes in all.
+# What a client that owes a body has to bring. Of an announced one: so many bytes a second, or such a part of it, on
+# average over `BODY_WAIT_S`, or over the app's idle timeout if that is less. Of a chunked one, which may be a stream of
+# small messages: so many bytes in each idle timeout.
+BODY_WAIT_S = 60.0
 BODY_RATE = 500
 BODY_PARTS = 16
 STREAM_LEAST = 64
@@ -621,7 +623,11 @@ class HttpConnection(asyncio.Protocol):
             app = exchange.app
             seconds = app.record.limits.idle_timeout_s if app is not None else 60.0
             length = exchange.head.length
-            self._owed = min(length // BODY_PARTS, int(seconds * BODY_RATE)) if length >= 0 else STREAM_LEAST
+            if length < 0:
+                self._owed = STREAM_LEAST
+            else:
+                seconds = min(seconds, BODY_WAIT_S) if owes_body else seconds
+                self._owed = min(length // BODY_PARTS, int(seconds * BODY_RATE))
             self._edge.wheel.arm(self, seconds)
         else:
             self.deadline = NEVER
