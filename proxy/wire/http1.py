@@ -29,6 +29,7 @@ _CHUNK_FRAME = 6  # bytes that frame one chunk and count for nothing, and as man
 _CHUNK_PADDING = 14  # ... up to these: 16 digits and two line ends
 _HEAD_SLICE = 2_048  # bytes given to the parser at once, where heads may be: some 80 of the shortest
 _BODY_SLICE = 4_096  # and within a chunked body
+_INTERIMS_MAX = 200  # 1xx before one answer
 _LENGTH_MAX = (1 << 63) - 1  # above it a machine that counts in signed 64 bits would see another length
 
 # llhttp reads RTSP and tunnels too; neither is a request to pass on.
@@ -660,6 +661,7 @@ class ResponseReader:
         "_head_bytes",
         "_head_only",
         "_in_head",
+        "_interims",
         "_kinds",
         "_length",
         "_limits",
@@ -686,6 +688,7 @@ class ResponseReader:
         self._in_head = True
         self._head_bytes = 0
         self._head_only = False
+        self._interims = 0
         self._remaining = 0
         self._body_seen = 0
         self._dry = 0
@@ -704,6 +707,7 @@ class ResponseReader:
     def expect(self, head_only: bool) -> None:
         """A request was sent; `head_only` if it was HEAD, whose answer has no body whatever its fields say."""
         self._head_only = head_only
+        self._interims = 0
 
     @property
     def ends_with_connection(self) -> bool:
@@ -849,7 +853,12 @@ class ResponseReader:
         length = self._length
         head.listed_hops = self._connection
         head.noted = self._noted or _NOTHING
-        if status < 200 or status == 204:
+        if status < 200:
+            head.length = 0
+            self._interims += 1
+            if self._interims > _INTERIMS_MAX:
+                raise _invalid("1xx without end")
+        elif status == 204:
             head.length = 0
         elif self._head_only or status == 304:
             head.length = length if length is not None and length >= 0 else UNTIL_CLOSE

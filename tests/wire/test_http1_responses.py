@@ -193,6 +193,13 @@ def test_a_machine_that_never_ends_its_head_or_trailers_is_cut_off(start: bytes,
     assert got.error is not None and got.error.code == "WU01"
 
 
+def test_interim_answers_have_a_bound_for_each_request() -> None:
+    interim = b"HTTP/1.1 103 Early\r\n\r\n"
+    assert read_responses(interim * 200 + HELLO).events[-1] == "end"
+    assert read_responses(interim * 201 + HELLO).events[-1] == "refused WU01"
+    assert read_responses(*[interim] * 201).events[-1] == "refused WU01"
+
+
 def test_the_bounds_on_heads_hold_for_answers() -> None:
     limits = Limits(max_head_bytes=1000, max_headers=4)
     assert read_responses(answer(b"A: 1", b"B: 2", b"C: 3", b"D: 4"), limits=limits).error is None
