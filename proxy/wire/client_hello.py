@@ -83,7 +83,8 @@ class HelloReader:
                 length = _short(data, 3)[0]
                 message = data[6] << 16 | data[7] << 8 | data[8]
                 if message + 4 == length <= min(len(data) - 5, _MAX_RECORD_BYTES):
-                    return _read_body(data, 9, 5 + length)
+                    # What follows the record must not be read for what a broken hello lacks.
+                    return _read_body(data if len(data) == 5 + length else data[: 5 + length], 9, 5 + length)
             self.raw, self._message = bytearray(data), bytearray()
         else:
             assert isinstance(self.raw, bytearray)

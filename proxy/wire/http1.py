@@ -242,6 +242,8 @@ def _bad(detail: str) -> ProxyError:
     return ProxyError(Code.BAD_REQUEST, Source.DOWNSTREAM, detail=detail)
 
 
+_USUAL_REASONS = frozenset({b"OK", b"Not Found", b"No Content", b"Found", b"Created", b"Not Modified", b""})
+_is_text = re.compile(rb"[\t -~\x80-\xff]*").fullmatch  # RFC 9112 §4: reason-phrase
 _NO_HOPS: frozenset[bytes] = frozenset()
 _NOTHING: tuple[tuple[bytes, bytes], ...] = ()
 REPLAY_TYPE = b"application/vnd.fly.replay+json"
@@ -844,7 +846,9 @@ class ResponseReader:
         parser = self._parser
         head = ResponseHead()
         head.status = status = parser.get_status_code()
-        head.reason = self._reason
+        head.reason = reason = self._reason
+        if reason not in _USUAL_REASONS and not _is_text(reason):
+            raise _invalid("control characters in the reason")
         head.passed = passed = self._passed
         head.server = self._server
         head.upgrade = self._upgrade

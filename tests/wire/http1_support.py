@@ -5,7 +5,7 @@ from __future__ import annotations
 import h11
 import httptools
 
-from proxy.decide.headers import REQUEST_RULES, RESPONSE_RULES
+from proxy.decide.headers import REQUEST_RULES, RESPONSE_RULES, identity_fields, request_head, trailer_block
 from proxy.errors import ProxyError
 from proxy.wire.http1 import CHUNKED, UNTIL_CLOSE, Headers, Limits, RequestHead, RequestReader, ResponseHead
 from proxy.wire.http1 import ResponseReader as _ResponseReader
@@ -122,6 +122,21 @@ def read_responses(*pieces: bytes, head_only: bool = False, eof: bool = False, l
         seen.error = error
         seen.events.append(f"refused {error.code.value}")
     return seen
+
+
+def reframed(seen: Seen) -> bytes:
+    """What a machine gets for the requests that came whole, as the exchange writes it."""
+    out = b""
+    for head, body, trailers, whole in zip(seen.heads, seen.bodies, seen.trailers, seen.whole, strict=True):
+        if not whole:
+            break
+        identity = identity_fields("192.0.2.1", "192.0.2.2", 443, True, "ams", head.minor, keep=True)
+        out += request_head(head, identity, b"01ARZ3NDEKTSV4RRFFQ69G5FAV", 1_700_000_000_000_000, b"00-1-2-00")
+        if head.length == CHUNKED:
+            out += (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + trailer_block(trailers)
+        else:
+            out += body
+    return out
 
 
 def h11_requests(data: bytes) -> tuple[list[Request], str | None]:

@@ -281,3 +281,21 @@ def test_any_bytes_give_a_hello_need_more_or_the_documented_error(data: bytes) -
     for start in (b"", b"\x16\x03\x01", HELLO[:80]):
         found = outcome(start + data)
         assert found is None or isinstance(found, ClientHello) or 0 < found < 256
+
+
+def test_a_broken_hello_is_refused_alike_whatever_comes_behind_its_record() -> None:
+    """The bytes of a next record are not read for those that it lacks."""
+    name = b"\x00\x00\x00\x0b\x00\t\x00\x00\x06a.test"
+    body = handmade(name + b"\x00\x10\x00\x03")[9:]  # ALPN, of which the value is missing
+    hello = b"\x16\x03\x01" + (len(body) + 4).to_bytes(2, "big") + b"\x01" + len(body).to_bytes(3, "big") + body
+    for behind in (b"", b"\x00" * 40, name * 3, HELLO):
+        for pieces in ([hello + behind], [hello[:7], hello[7:] + behind]):
+            with pytest.raises(HelloError) as refused:
+                feed_all(pieces)
+            assert refused.value.alert == DECODE_ERROR
+
+
+def feed_all(pieces: list[bytes]) -> None:
+    reader = HelloReader()
+    for piece in pieces:
+        reader.feed(piece)

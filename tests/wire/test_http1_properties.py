@@ -12,9 +12,15 @@ import h11
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from proxy.decide.headers import identity_fields, request_head, trailer_block
-from proxy.wire.http1 import CHUNKED
-from tests.wire.http1_support import Request, Seen, h11_requests, httptools_requests, read_requests, read_responses
+from tests.wire.http1_support import (
+    Request,
+    Seen,
+    h11_requests,
+    httptools_requests,
+    read_requests,
+    read_responses,
+    reframed,
+)
 
 MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FEWER = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -184,21 +190,6 @@ def test_answers_come_out_the_same_however_the_stream_is_cut(data: bytes, places
 
 
 # --- property 1: what the origin sees was framed by us, and no two parsers disagree about it
-
-
-def reframed(seen: Seen) -> bytes:
-    """What a machine gets for the requests that came whole, as the exchange writes it."""
-    out = b""
-    for head, body, trailers, whole in zip(seen.heads, seen.bodies, seen.trailers, seen.whole, strict=True):
-        if not whole:
-            break
-        identity = identity_fields("192.0.2.1", "192.0.2.2", 443, True, "ams", head.minor, keep=True)
-        out += request_head(head, identity, b"01ARZ3NDEKTSV4RRFFQ69G5FAV", 1_700_000_000_000_000, b"00-1-2-00")
-        if head.length == CHUNKED:
-            out += (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + trailer_block(trailers)
-        else:
-            out += body
-    return out
 
 
 @MANY

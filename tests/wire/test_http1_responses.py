@@ -106,6 +106,8 @@ REFUSED: dict[str, bytes] = {
     "status 099": answer(line=b"HTTP/1.1 099 OK"),
     "status 600": answer(line=b"HTTP/1.1 600 OK"),
     "status 999": answer(line=b"HTTP/1.1 999 OK"),
+    "NUL in the reason": answer(b"Content-Length: 0", line=b"HTTP/1.1 200 OK\x00"),
+    "control in the reason": answer(b"Content-Length: 0", line=b"HTTP/1.1 200 O\x1bK"),
     "101 without Upgrade": answer(line=b"HTTP/1.1 101 S", body=b"raw"),
     "101 without Connection": answer(b"Upgrade: websocket", line=b"HTTP/1.1 101 S", body=b"raw"),
     "101 to h2c": answer(b"Connection: upgrade", b"Upgrade: h2c", line=b"HTTP/1.1 101 S", body=b"raw"),
