@@ -28,7 +28,8 @@ What there is (tests/support/attacks.py, recording.py, bystander.py, peer.py):
 - Always held with a node: no worker ends, no traceback is logged, no request of the bystander fails, and the origin is
   sent nothing that our edge may not write. The bystander asks 150 requests a second from 127.0.0.9, a third of them on
   a connection each; times count from when a request was due. 50 more go past the node, straight to its origin: their
-  p99 is what the host does to anybody, and is taken off before the mark is held against the other.
+  p99 ("past it") is what the host does to anybody. "host" is how long, within half a second, the worker could have run
+  and was not let: on a busy host that is most of a high p99. The larger of both is taken off before the mark is held.
 - Asynchronous tests may use it too: only the begin and the end of an attack block the loop, a second at most.
 
 Attacks of the same row and name, such as those of a parametrized test, become one line. WAKEFRONT_ATTACK_TABLE=PATH

@@ -22,6 +22,7 @@ class Figures:
     bystander_p99_ms: float | None = None
     fresh_p99_ms: float | None = None
     direct_p99_ms: float | None = None
+    waited_ms: float | None = None
     bystander_answers: int = 0
     outcome: str = "held"
     notes: list[str] = field(default_factory=list)
@@ -53,8 +54,8 @@ class Ledger:
 
     def lines(self) -> list[str]:
         """A Markdown table."""
-        head = "| row | attack | cases | s | worker grew, MiB | CPU, s | others' p99, ms | new ones' | past it | held |"
-        return [head, "|---|---|--:|--:|--:|--:|--:|--:|--:|---|", *map(_line, self.ordered())]
+        head = "| row | attack | cases | s | grew, MiB | CPU, s | others' p99, ms | new's | past it | host | held |"
+        return [head, "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|", *map(_line, self.ordered())]
 
 
 def _join(into: Figures, more: Figures) -> None:
@@ -62,7 +63,7 @@ def _join(into: Figures, more: Figures) -> None:
     into.seconds += more.seconds
     into.bystander_answers += more.bystander_answers
     into.cpu_s = _or_none(lambda a, b: a + b, into.cpu_s, more.cpu_s)
-    for name in ("growth_mib", "quiet_p99_ms", "bystander_p99_ms", "fresh_p99_ms", "direct_p99_ms"):
+    for name in ("growth_mib", "quiet_p99_ms", "bystander_p99_ms", "fresh_p99_ms", "direct_p99_ms", "waited_ms"):
         setattr(into, name, _or_none(max, getattr(into, name), getattr(more, name)))
     if into.outcome == "held":
         into.outcome = more.outcome
@@ -85,5 +86,5 @@ def _line(one: Figures) -> str:
     notes = f"{one.outcome}; {'; '.join(one.notes)}" if one.notes else one.outcome
     cells = (one.row, one.name, f"{one.cases:,}", number(one.seconds, 1), number(one.growth_mib, 1),
              number(one.cpu_s, 2), p99, number(one.fresh_p99_ms, 1), number(one.direct_p99_ms, 1),
-             notes.replace("|", "/"))  # fmt: skip
+             number(one.waited_ms, 0), notes.replace("|", "/"))  # fmt: skip
     return f"| {' | '.join(cells)} |"

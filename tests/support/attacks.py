@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.support.recording import RecordingOrigin, Seen
 # Services of type `requests` keep connections to machines: what is left on one would meet the next request.
 KEPT = f'[services.concurrency]\ntype = "requests"\nsoft_limit = 1000\n{HTTP_80}{TLS_443}'
 SAMPLE_S = 0.05
+WAIT_WINDOW_S = 0.5
 BASELINE_S = 1.0
 BASELINE_LASTS_S = 20.0
 _MIB = 1 << 20
@@ -228,6 +230,7 @@ class Attack:
         if node is None:
             return tally
         self.figures.growth_mib, self.figures.cpu_s = self._sampler.stop()
+        self.figures.waited_ms = self._sampler.longest_wait_ms
         if self._bystander:
             tally = node.bystander.take()
             node.bystander.rest()
@@ -254,17 +257,23 @@ class Attack:
         if self._p99_ms is not None:
             # where the machine itself makes the bystander wait, the mark is thrice that
             mark = max(self._p99_ms, 3 * (self.figures.quiet_p99_ms or 0.0))
-            host = self.figures.direct_p99_ms or 0.0  # meanwhile, past the node
+            # meanwhile: what it met past the node, and what the host kept the worker from running
+            host = max(self.figures.direct_p99_ms or 0.0, self.figures.waited_ms or 0.0)
             assert p99 is not None and p99 - host <= mark, f"p99 of the bystander was {p99} ms, {host} by the host"
 
 
 class Sampler:
-    """Memory of some processes, looked at every few milliseconds, and their time, from creation to `stop`."""
+    """Memory of some processes, looked at every few milliseconds, and their time, from creation to `stop`.
+
+    `longest_wait_ms`: for how long one of them was ready to run and the host did not let it, within half a second.
+    """
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = list(pids)
         self._before = self.peak = self._rss()
         self._cpu_before = sum(map(cpu_s, self._pids))
+        self.longest_wait_ms = 0.0
+        self._waits: deque[list[float]] = deque(maxlen=round(WAIT_WINDOW_S / SAMPLE_S))
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self._thread.start()
@@ -282,9 +291,21 @@ class Sampler:
 
     def _look(self) -> None:
         self.peak = max(self.peak, self._rss())
+        waits = [waited_ms(pid) for pid in self._pids]
+        self._waits.append(waits)
+        grown = (now - before for now, before in zip(waits, self._waits[0], strict=True))
+        self.longest_wait_ms = max(self.longest_wait_ms, *grown, 0.0)
 
     def _rss(self) -> int:
         return sum(map(rss_bytes, self._pids))
+
+
+def waited_ms(pid: int) -> float:
+    """How long its main thread has been ready and not running, ever (sched_schedstats); 0 once it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e6
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
 
 
 def rss_bytes(pid: int) -> int:
