@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ with atheris.instrument_imports(include=["proxy.wire", "proxy.decide"]):
 from tests.fuzz.corpus import FOLDER
 
 KEPT_BYTES = 600  # larger inputs are found again soon, and are no pleasure to read
-KEPT_FILES = 150
+KEPT_FILES = 80  # of a target
 
 
 def fuzz(target: str, arguments: list[str]) -> None:
@@ -42,23 +43,15 @@ def fuzz(target: str, arguments: list[str]) -> None:
 
 
 def grow(target: str, seconds: str) -> None:
-    """Search, then keep what adds coverage, the smallest inputs first."""
+    """Search, then keep the smallest of what added coverage."""
     with tempfile.TemporaryDirectory(prefix="wakefront-grow-") as scratch:
-        found, merged = Path(scratch, "found"), Path(scratch, "merged")
-        found.mkdir()
-        merged.mkdir()
-        command = [sys.executable, "-m", "tests.fuzz", target]
-        subprocess.run([*command, f"-max_total_time={seconds}", str(found), str(FOLDER / target)], check=True)
-        small = sorted((path for path in found.iterdir() if path.stat().st_size <= KEPT_BYTES), key=_size)
-        for path in [path for path in found.iterdir() if path not in small]:
-            path.unlink()
-        subprocess.run([*command, "-merge=1", str(merged), str(FOLDER / target), str(found)], check=True)
-        for number, path in enumerate(sorted(merged.iterdir(), key=_size)[:KEPT_FILES]):
-            (FOLDER / target / f"found-{number:03}").write_bytes(path.read_bytes())
-
-
-def _size(path: Path) -> tuple[int, bytes]:
-    return path.stat().st_size, path.read_bytes()
+        command = [sys.executable, "-m", "tests.fuzz", target, f"-max_total_time={seconds}", "-reduce_inputs=1"]
+        subprocess.run([*command, scratch, str(FOLDER / target)], check=True)
+        kept = {path.read_bytes() for path in (FOLDER / target).iterdir()}
+        found = sorted((path.read_bytes() for path in Path(scratch).iterdir()), key=len)
+        new = [data for data in found if len(data) <= KEPT_BYTES and data not in kept]
+        for data in new[: KEPT_FILES - len(kept)]:
+            (FOLDER / target / f"found-{hashlib.sha1(data).hexdigest()[:12]}").write_bytes(data)
 
 
 if sys.argv[1] == "grow":
