@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from bench.processes import ROOT
 from bench.report import facts, facts_text, result_folder
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     seconds = arguments.minutes * 60
+    known = facts(["./run", "soak", *arguments.given])  # before there are results, which are no commit's yet
     folder = result_folder("attacks", arguments.quick)
     ledger, told, failed = Ledger(), list[str](), False
     with tempfile.TemporaryDirectory(prefix="wakefront-soak-") as scratch:
@@ -41,20 +43,20 @@ def run(arguments: argparse.Namespace) -> int:
             for number, status in enumerate(_rounds(share, Path(scratch), ledger), 1):
                 told.append(f"round {number} of the attacks: {'all held' if status == 0 else f'status {status}'}")
                 failed = failed or status != 0
-                _write(folder, arguments, ledger, told)
+                _write(folder, known, ledger, told)
         if arguments.only in (None, "change"):
             status, lines = _change()
             told += lines
             told.append("reloads, upgrades and killed workers: " + ("nothing unexplained" if status == 0 else "FAILED"))
             failed = failed or status != 0
-            _write(folder, arguments, ledger, told)
+            _write(folder, known, ledger, told)
         if arguments.only in (None, "load"):
             share = seconds if arguments.only else seconds / 3
             status, lines = _load(share)
             told += lines
             told.append("load while machines come and go: " + ("nothing unexplained" if status == 0 else "FAILED"))
             failed = failed or status != 0
-    _write(folder, arguments, ledger, told)
+    _write(folder, known, ledger, told)
     print("\n".join(ledger.lines()))
     print("\n".join(told), f"results: {folder}", sep="\n")
     return 1 if failed else 0
@@ -106,8 +108,8 @@ def _pytest(what: str, seconds: float, more: dict[str, str]) -> tuple[int, str]:
     return tests.returncode, "".join(kept)
 
 
-def _write(folder: Path, arguments: argparse.Namespace, ledger: Ledger, told: list[str]) -> None:
-    known = facts(["./run", "soak", *arguments.given])
+def _write(folder: Path, known: dict[str, Any], ledger: Ledger, told: list[str]) -> None:
+    """The table so far. Any: as in bench.report.facts."""
     text = [f"# Attacks\n\n{facts_text(known)}", "\n".join(ledger.lines()), "", *(f"- {line}" for line in told), ""]
     (folder / "attacks.md").write_text("\n".join(text))
     (folder / "attacks.json").write_text(ledger.json())
