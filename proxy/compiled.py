@@ -26,6 +26,7 @@ MODULES = (
     "proxy.decide.headers",
     "proxy.decide.ulid",
     "proxy.edge.access_log",
+    "proxy.edge.certificates",
     "proxy.edge.choice",
     "proxy.edge.context",
     "proxy.edge.downstream",
@@ -36,6 +37,7 @@ MODULES = (
     "proxy.edge.tls",
     "proxy.edge.upstream",
     "proxy.state",
+    "proxy.wire.client_hello",
     "proxy.wire.http1",
 )
 

@@ -14,59 +14,60 @@ import mmap
 import os
 import struct
 import threading
+from typing import Final
 
-LAYOUT = 2  # of this memory: processes that share it agree on it, or one of them leaves
-MACHINE_SLOTS = 65_536
-APP_SLOTS = 16_384
-_LINE = 8  # cells in a cache line
+LAYOUT: Final = 2  # of this memory: processes that share it agree on it, or one of them leaves
+MACHINE_SLOTS: Final = 65_536
+APP_SLOTS: Final = 16_384
+_LINE: Final = 8  # cells in a cache line
 
 # Cells of the header: the layout is the first, the number of rows the second.
-_IN_USE = 2
-_EVER_USED = 3
+_IN_USE: Final = 2
+_EVER_USED: Final = 3
 
 # Cells of a worker's own block.
-WORKER_CELLS = 64
-W_CONNECTIONS = 0  # gauge: client connections open
-W_TLS_HANDSHAKES = 1
-W_TLS_RESUMED = 2
-W_TLS_ERRORS = 3
-W_ACCEPTED = 4
-W_REFUSED = 5  # connections over the limit
-W_LOG_DROPPED = 6  # access-log lines lost because the file could not be written
-W_WAKES = 7
-W_TLS_TIME_US = 8
-W_LOOP_LAG_US = 9  # gauge: latest measured lateness of the loop
-W_QUEUED = 10  # gauge: requests that wait for a machine below its hard limit
-W_QUEUE_TIMEOUTS = 11  # those that waited in vain
-W_SOURCE_REFUSED = 12  # connections and handshakes over the limits of their source
-W_SHED_CONNECTIONS = 13  # connections refused for overload
-W_SHED_REQUESTS = 14  # requests refused for overload
-W_OVERLOAD_STAGE = 15  # gauge: decide.overload.Stage
+WORKER_CELLS: Final = 64
+W_CONNECTIONS: Final = 0  # gauge: client connections open
+W_TLS_HANDSHAKES: Final = 1
+W_TLS_RESUMED: Final = 2
+W_TLS_ERRORS: Final = 3
+W_ACCEPTED: Final = 4
+W_REFUSED: Final = 5  # connections over the limit
+W_LOG_DROPPED: Final = 6  # access-log lines lost because the file could not be written
+W_WAKES: Final = 7
+W_TLS_TIME_US: Final = 8
+W_LOOP_LAG_US: Final = 9  # gauge: latest measured lateness of the loop
+W_QUEUED: Final = 10  # gauge: requests that wait for a machine below its hard limit
+W_QUEUE_TIMEOUTS: Final = 11  # those that waited in vain
+W_SOURCE_REFUSED: Final = 12  # connections and handshakes over the limits of their source
+W_SHED_CONNECTIONS: Final = 13  # connections refused for overload
+W_SHED_REQUESTS: Final = 14  # requests refused for overload
+W_OVERLOAD_STAGE: Final = 15  # gauge: decide.overload.Stage
 _WORKER_GAUGES = (W_CONNECTIONS, W_LOOP_LAG_US, W_QUEUED, W_OVERLOAD_STAGE)
 
 # Cells of an app's block, in each worker's part.
-APP_CELLS = 128
+APP_CELLS: Final = 128
 STATUSES = (
     100, 101, 103, 200, 201, 202, 203, 204, 205, 206, 207, 208, 226, 300, 301, 302, 303, 304, 307, 308, 400, 401, 402,
     403, 404, 405, 406, 407, 408, 409, 410, 411, 412, 413, 414, 415, 416, 417, 418, 421, 422, 423, 424, 425, 426, 428,
     429, 431, 451, 500, 501, 502, 503, 504, 505, 506, 507, 508, 510, 511,
 )  # fmt: skip
-STATUS_CELL = {status: cell for cell, status in enumerate(STATUSES)}
-OTHER_STATUS = 63  # the cell of every status not listed
+STATUS_CELL: Final = {status: cell for cell, status in enumerate(STATUSES)}
+OTHER_STATUS: Final = 63  # the cell of every status not listed
 LATENCY_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-A_LATENCY = 64  # len(LATENCY_BOUNDS_S) + 1 buckets, not cumulative
-A_LATENCY_SUM_US = 80
-A_BYTES_IN = 81
-A_BYTES_OUT = 82
-A_CONNECTS = 83  # client connections whose first request was for this app
-A_DISCONNECTS = 84
-A_UPSTREAM_CONNECTS = 85
-A_UPSTREAM_DISCONNECTS = 86
-A_UPSTREAM_CONNECT_TIME_US = 87
-A_UPSTREAM_LATENCY = 88  # buckets of the time to the machine's response head
-A_UPSTREAM_LATENCY_SUM_US = 104
-A_ERRORS = 105  # answers that we made ourselves because something failed
-A_WAKES = 106  # requests that waited for a machine to start
+A_LATENCY: Final = 64  # len(LATENCY_BOUNDS_S) + 1 buckets, not cumulative
+A_LATENCY_SUM_US: Final = 80
+A_BYTES_IN: Final = 81
+A_BYTES_OUT: Final = 82
+A_CONNECTS: Final = 83  # client connections whose first request was for this app
+A_DISCONNECTS: Final = 84
+A_UPSTREAM_CONNECTS: Final = 85
+A_UPSTREAM_DISCONNECTS: Final = 86
+A_UPSTREAM_CONNECT_TIME_US: Final = 87
+A_UPSTREAM_LATENCY: Final = 88  # buckets of the time to the machine's response head
+A_UPSTREAM_LATENCY_SUM_US: Final = 104
+A_ERRORS: Final = 105  # answers that we made ourselves because something failed
+A_WAKES: Final = 106  # requests that waited for a machine to start
 
 
 class SharedMemory:

@@ -7,9 +7,11 @@ The reader drops what REQUEST_RULES and RESPONSE_RULES say while it reads, so th
 
 from __future__ import annotations
 
+from typing import Final
+
 from proxy.wire.http1 import CHUNKED, UNTIL_CLOSE, FieldRules, Headers, RequestHead, ResponseHead
 
-_HOP_BY_HOP = frozenset(
+_HOP_BY_HOP: Final = frozenset(
     {
         b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
         b"content-length", b"http2-settings", b"proxy-authenticate", b"proxy-authorization",
@@ -17,7 +19,7 @@ _HOP_BY_HOP = frozenset(
 )  # fmt: skip
 
 # What only an edge may say. A client's value would be believed by the app.
-_TRUST = frozenset(
+_TRUST: Final = frozenset(
     {
         b"forwarded", b"x-real-ip", b"x-client-ip", b"x-cluster-client-ip", b"x-original-forwarded-for",
         b"x-request-start", b"x-original-host", b"x-original-url", b"x-original-proto", b"x-original-port",
@@ -28,10 +30,10 @@ _TRUST = frozenset(
 )  # fmt: skip
 # A CDN's own (CF-Connecting-IP, True-Client-IP, Fastly-Client-IP) pass: an app behind that CDN reads them, and its
 # access rules can say that only the CDN comes.
-_TRUST_PREFIXES = (b"fly-", b"x-forwarded-", b"wakefront-")
+_TRUST_PREFIXES: Final = (b"fly-", b"x-forwarded-", b"wakefront-")
 
 # The fly-* fields that are a client's to send (spec routing §3).
-_CLIENTS_OWN = frozenset(
+_CLIENTS_OWN: Final = frozenset(
     {
         b"fly-prefer-region", b"fly-force-region", b"fly-prefer-instance-id", b"fly-force-instance-id",
         b"fly-replay-cache-control",
@@ -39,7 +41,7 @@ _CLIENTS_OWN = frozenset(
 )  # fmt: skip
 
 # What a machine says to us, not to the client: replay and its cache (spec routing §2, §4), its own load (ours).
-_TO_US = frozenset(
+_TO_US: Final = frozenset(
     {
         b"fly-replay", b"fly-replay-cache", b"fly-replay-cache-ttl-secs", b"fly-replay-cache-allow-bypass",
         b"wakefront-machine-load",
@@ -47,7 +49,7 @@ _TO_US = frozenset(
 )  # fmt: skip
 
 # Trailers that would change framing, routing or trust if merged (RFC 9110 §6.5.1): never passed.
-_NOT_IN_TRAILERS = frozenset(
+_NOT_IN_TRAILERS: Final = frozenset(
     {b"host", b"authorization", b"cookie", b"set-cookie", b"content-type", b"content-encoding", b"content-range",
      b"expect", b"cache-control", b"max-forwards", b"range", b"location"}
 )  # fmt: skip
@@ -69,8 +71,8 @@ def is_reserved(lower: bytes) -> bool:
     return lower in _CLIENTS_OWN or lower == b"host" or _is_dropped_from_request(lower)
 
 
-REQUEST_RULES = FieldRules(_is_dropped_from_request, noted=_CLIENTS_OWN)
-RESPONSE_RULES = FieldRules(_is_dropped_from_response, of_response=True, taken=_TO_US)
+REQUEST_RULES: Final = FieldRules(_is_dropped_from_request, noted=_CLIENTS_OWN)
+RESPONSE_RULES: Final = FieldRules(_is_dropped_from_response, of_response=True, taken=_TO_US)
 
 
 def identity_fields(
@@ -110,7 +112,7 @@ def request_head(head: RequestHead, identity: bytes, request_id: bytes, start_us
     return b"".join(parts)
 
 
-_BODY_METHODS = frozenset({b"POST", b"PUT", b"PATCH"})
+_BODY_METHODS: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 
 
 def _without(passed: list[bytes], names: frozenset[bytes]) -> list[bytes]:

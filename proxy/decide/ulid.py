@@ -3,8 +3,10 @@ growing within one (spec routing §6.1)."""
 
 from __future__ import annotations
 
-_ALPHABET = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_PAIRS = tuple(bytes((a, b)) for a in _ALPHABET for b in _ALPHABET)
+from typing import Final
+
+_ALPHABET: Final = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_PAIRS: Final[tuple[bytes, ...]] = tuple(bytes((a, b)) for a in _ALPHABET for b in _ALPHABET)
 
 
 def _encode(value: int, pairs: int) -> bytes:

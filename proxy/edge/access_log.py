@@ -14,13 +14,14 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Final
 
 from proxy.edge.access_record import Record, json_line, text_line
 from proxy.edge.timers import Wheel
 
-FLUSH_S = 0.2
-FLUSH_BYTES = 64 * 1024
-CLOSE_S = 0.5
+FLUSH_S: Final = 0.2
+FLUSH_BYTES: Final = 64 * 1024
+CLOSE_S: Final = 0.5
 MAX_HELD_BYTES = 8 * 1024 * 1024
 
 

@@ -12,7 +12,7 @@ import os
 import ssl
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Final, Protocol
 
 from proxy.edge.tls import Waiter
 from proxy.errors import Code, ProxyError, Source
@@ -20,8 +20,8 @@ from proxy.tickets import new_leaf_context
 
 _log = logging.getLogger("wakefront.tls")
 
-_NEGATIVE_TTL_S = 1.0  # a refused name is not asked for again so soon
-_MAX_REFUSED = 4096
+_NEGATIVE_TTL_S: Final = 1.0  # a refused name is not asked for again so soon
+_MAX_REFUSED: Final = 4096
 ALPN = ("http/1.1",)
 
 

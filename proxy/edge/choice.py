@@ -8,7 +8,7 @@ running machine and nothing to heed does not come here at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from proxy.clock import monotonic_ns, unix
 from proxy.decide.balance import Asked, Preference, choose_machine, pick_named, wants_another
@@ -21,8 +21,8 @@ from proxy.model import MachineId, MachineState
 if TYPE_CHECKING:
     from proxy.edge.exchange import Exchange
 
-_RACES = 3  # lost against other workers for a place, before it stands in line
-_WAKES = 3  # of one request
+_RACES: Final = 3  # lost against other workers for a place, before it stands in line
+_WAKES: Final = 3  # of one request
 
 
 def pick(exchange: Exchange) -> None:

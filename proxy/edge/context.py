@@ -8,7 +8,7 @@ import os
 import random
 from bisect import bisect_left
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from proxy.clock import unix
 from proxy.decide.ewma import MachineScores
@@ -47,7 +47,7 @@ from proxy.state import (
 from proxy.wire.http1 import Limits
 
 _log = logging.getLogger("wakefront.edge")
-_BOUNDS_US = tuple(int(bound * 1_000_000) for bound in LATENCY_BOUNDS_S)
+_BOUNDS_US: Final[tuple[int, ...]] = tuple(int(bound * 1_000_000) for bound in LATENCY_BOUNDS_S)
 
 
 class ControlLink(Protocol):

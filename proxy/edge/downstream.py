@@ -15,7 +15,7 @@ import enum
 import socket
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from proxy.decide.headers import (
     REQUEST_RULES,
@@ -41,23 +41,23 @@ if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
     from proxy.edge.listener import Listener
 
-WRITE_HIGH = 256 * 1024
-WRITE_LOW = 64 * 1024
-MAX_PIPELINED = 16  # requests that wait, after which no further slice of a read is looked at
-JOIN_BYTES = 16 * 1024  # below this one joined write is cheaper than several
-LINGER_S = 2.0
+WRITE_HIGH: Final = 256 * 1024
+WRITE_LOW: Final = 64 * 1024
+MAX_PIPELINED: Final = 16  # requests that wait, after which no further slice of a read is looked at
+JOIN_BYTES: Final = 16 * 1024  # below this one joined write is cheaper than several
+LINGER_S: Final = 2.0
 CLOSE_S = 60.0  # a closing connection's last bytes get this long to leave
-LINGER_BYTES = 1024 * 1024
-UPGRADE_HELD_BYTES = 64 * 1024
+LINGER_BYTES: Final = 1024 * 1024
+UPGRADE_HELD_BYTES: Final = 64 * 1024
 # What a client that owes a body has to bring. Of an announced one: so many bytes a second, or such a part of it, on
 # average over `BODY_WAIT_S`, or over the app's idle timeout if that is less. Of a chunked one, which may be a stream of
 # small messages: so many bytes in each idle timeout.
-BODY_WAIT_S = 60.0
-BODY_RATE = 500
-BODY_PARTS = 16
-STREAM_LEAST = 64
-_NO_LINGER = struct.pack("ii", 1, 0)  # close(2) then resets (socket(7), SO_LINGER)
-_TCP_CLOSE = 7  # tcpi_state of a connection that was reset (linux/tcp_states.h)
+BODY_WAIT_S: Final = 60.0
+BODY_RATE: Final = 500
+BODY_PARTS: Final = 16
+STREAM_LEAST: Final = 64
+_NO_LINGER: Final = struct.pack("ii", 1, 0)  # close(2) then resets (socket(7), SO_LINGER)
+_TCP_CLOSE: Final = 7  # tcpi_state of a connection that was reset (linux/tcp_states.h)
 
 
 class Transport(Protocol):
@@ -670,7 +670,7 @@ def plain_ip(address: object) -> str:
     return ip.removeprefix("::ffff:") if "." in ip else ip
 
 
-_REASONS = {
+_REASONS: Final = {
     301: b"Moved Permanently", 400: b"Bad Request", 403: b"Forbidden", 404: b"Not Found", 413: b"Content Too Large",
     429: b"Too Many Requests", 408: b"Request Timeout",
     414: b"URI Too Long", 417: b"Expectation Failed", 421: b"Misdirected Request",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from proxy.clock import monotonic_ns, unix
 from proxy.decide.balance import Preference
@@ -43,13 +43,13 @@ from proxy.wire.http1 import CHUNKED, Headers, RequestHead, ResponseHead
 if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
 
-_BLAMED = frozenset(
+_BLAMED: Final = frozenset(
     {
         Code.CONNECT_REFUSED, Code.CONNECT_RESET, Code.CONNECT_TIMEOUT, Code.CONNECT_IO, Code.REQUEST_UNFINISHED,
         Code.RESPONSE_INVALID, Code.FIRST_BYTE_TIMEOUT,
     }
 )  # fmt: skip
-HOLD_BYTES = 64 * 1024  # of a body held while there is no machine to send it to
+HOLD_BYTES: Final = 64 * 1024  # of a body held while there is no machine to send it to
 HELD_MAX_BYTES = 128 * 1024 * 1024  # of all such bodies of a worker
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from proxy.clock import monotonic
 
-TICK_S = 0.1
-NEVER = math.inf
+TICK_S: Final = 0.1
+NEVER: Final = math.inf
 
 
 class Entry(Protocol):

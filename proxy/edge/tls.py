@@ -25,7 +25,7 @@ import asyncio
 import enum
 import ssl
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 from proxy import clock
 from proxy.errors import Code, ProxyError
@@ -43,12 +43,12 @@ from proxy.wire.client_hello import (
 # than the largest content it ever had. Measured, with no inner protocol's memory: a connection that has moved 10 MB
 # each way and is idle weighs 42 KB, with 16 KiB for both 70 KB; 64 KB cost 7 us more each way (24 -> 31 us out,
 # 35 -> 42 us in).
-_PIECE_IN = 8_192
-_PIECE_OUT = 6_144
-_RECORD = 16_384  # the most plaintext that one read of OpenSSL's gives
-_STALL_TIMEOUT_S = 30.0  # while closing, a peer that takes no byte of what is left for this long is given up
-_ALERT = b"\x15\x03\x03\x00\x02\x02"
-_PLAIN_HTTP_ANSWER = (
+_PIECE_IN: Final = 8_192
+_PIECE_OUT: Final = 6_144
+_RECORD: Final = 16_384  # the most plaintext that one read of OpenSSL's gives
+_STALL_TIMEOUT_S: Final = 30.0  # while closing, a peer that takes no byte of what is left for this long is given up
+_ALERT: Final = b"\x15\x03\x03\x00\x02\x02"
+_PLAIN_HTTP_ANSWER: Final = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 47\r\nConnection: close\r\n\r\n"
     b"This port speaks TLS: use https:// in the URL.\n"
 )
@@ -208,11 +208,11 @@ class TlsConnection(asyncio.Protocol):
         assert reader is not None
         try:
             hello = reader.feed(data)
-        except HelloError as error:
+        except HelloError as unreadable:  # not `error`: compiled, one name has one type
             if bytes(reader.raw[:4]) in _HTTP_STARTS:
                 self._end_with(_PLAIN_HTTP_ANSWER, Code.TLS_FAILED, "plain HTTP")
             else:
-                self._refuse(Code.TLS_FAILED, error.alert, str(error))
+                self._refuse(Code.TLS_FAILED, unreadable.alert, str(unreadable))
             return
         if hello is None:
             return
@@ -740,4 +740,4 @@ def _discard(data: bytes) -> None:
     """What arrives after the end."""
 
 
-_GONE = asyncio.Protocol()
+_GONE: Final = asyncio.Protocol()

@@ -14,7 +14,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from proxy import namespace
 from proxy.clock import monotonic_ns, spawn
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
 
 IDLE_S = 4.0
-CLOSE_S = 2.0
-MAX_IDLE = 256
-READ_HIGH = 256 * 1024  # written to a machine and not yet taken by the kernel: the client is paused
-READ_LOW = 64 * 1024
-_LIMITS = Limits(max_head_bytes=131_072, max_headers=200)
+CLOSE_S: Final = 2.0
+MAX_IDLE: Final = 256
+READ_HIGH: Final = 256 * 1024  # written to a machine and not yet taken by the kernel: the client is paused
+READ_LOW: Final = 64 * 1024
+_LIMITS: Final = Limits(max_head_bytes=131_072, max_headers=200)
 
 
 class Connecting(Protocol):
@@ -75,7 +75,7 @@ class _Nobody:
         pass
 
 
-_NOBODY = _Nobody()
+_NOBODY: Final = _Nobody()
 
 
 class UpstreamConnection(asyncio.Protocol):

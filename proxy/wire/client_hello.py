@@ -14,35 +14,35 @@ from __future__ import annotations
 import functools
 import re
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 # One handshake message; RFC 8446 allows 2^24, no client comes near a tenth of this.
-MAX_HELLO_BYTES = 65_536
+MAX_HELLO_BYTES: Final = 65_536
 # The same hello in records of any size. More bytes than this means fragments of a few bytes each.
-MAX_RAW_BYTES = MAX_HELLO_BYTES + 8_192
+MAX_RAW_BYTES: Final = MAX_HELLO_BYTES + 8_192
 
-TLS_1_2 = 0x0303
-TLS_1_3 = 0x0304
+TLS_1_2: Final = 0x0303
+TLS_1_3: Final = 0x0304
 
 # Alerts, RFC 8446 §6.2.
-UNEXPECTED_MESSAGE = 10
-HANDSHAKE_FAILURE = 40
-ILLEGAL_PARAMETER = 47
-ACCESS_DENIED = 49
-DECODE_ERROR = 50
-INTERNAL_ERROR = 80
-UNRECOGNIZED_NAME = 112
+UNEXPECTED_MESSAGE: Final = 10
+HANDSHAKE_FAILURE: Final = 40
+ILLEGAL_PARAMETER: Final = 47
+ACCESS_DENIED: Final = 49
+DECODE_ERROR: Final = 50
+INTERNAL_ERROR: Final = 80
+UNRECOGNIZED_NAME: Final = 112
 
-_HANDSHAKE = 0x16
-_CLIENT_HELLO = 0x01
-_SERVER_NAME = 0
-_ALPN = 16
-_SUPPORTED_VERSIONS = 43
-_READ_EXTENSIONS = frozenset((_SERVER_NAME, _ALPN, _SUPPORTED_VERSIONS))
-_MAX_RECORD_BYTES = 16_384
+_HANDSHAKE: Final = 0x16
+_CLIENT_HELLO: Final = 0x01
+_SERVER_NAME: Final = 0
+_ALPN: Final = 16
+_SUPPORTED_VERSIONS: Final = 43
+_READ_EXTENSIONS: Final = frozenset((_SERVER_NAME, _ALPN, _SUPPORTED_VERSIONS))
+_MAX_RECORD_BYTES: Final = 16_384
 
-_two_shorts = struct.Struct(">HH").unpack_from
-_short = struct.Struct(">H").unpack_from
+_two_shorts: Final = struct.Struct(">HH").unpack_from
+_short: Final = struct.Struct(">H").unpack_from
 
 
 class HelloError(Exception):
@@ -162,8 +162,8 @@ def _read_body(data: bytes, at: int, end: int) -> ClientHello:
     )
 
 
-_LABEL = rb"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
-_name_is_valid = re.compile(rb"(?:%b\.)*%b" % (_LABEL, _LABEL)).fullmatch
+_LABEL: Final = rb"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_name_is_valid: Final = re.compile(rb"(?:%b\.)*%b" % (_LABEL, _LABEL)).fullmatch
 
 
 def _server_name(extension: bytes) -> str:
@@ -205,6 +205,6 @@ def _versions(extension: bytes) -> tuple[int, ...]:
 
 # Clients send the same few lists and names again and again: a look-up costs 0.1 us, reading them 2 us.
 # Only short keys are kept, so that what strangers send stays below 1 MB.
-_cached_server_name = functools.lru_cache(1024)(_server_name)
-_cached_protocols = functools.lru_cache(128)(_protocols)
-_cached_versions = functools.lru_cache(128)(_versions)
+_cached_server_name: Final = functools.lru_cache(1024)(_server_name)
+_cached_protocols: Final = functools.lru_cache(128)(_protocols)
+_cached_versions: Final = functools.lru_cache(128)(_versions)

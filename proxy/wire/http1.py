@@ -12,28 +12,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import httptools
 
 from proxy.errors import Code, ProxyError, Retry, Source
 
-CHUNKED = -1
-UNTIL_CLOSE = -2
+CHUNKED: Final = -1
+UNTIL_CLOSE: Final = -2
 
-_DRY_MAX = 65_536  # bytes of a chunked body that bring no body: extensions, trailers
-_EXTENSIONS_MAX = (
+_DRY_MAX: Final = 65_536  # bytes of a chunked body that bring no body: extensions, trailers
+_EXTENSIONS_MAX: Final = (
     10_240  # bytes of chunk extensions and trailers of one request, but those in two slices: 16 KiB in all
 )
-_CHUNK_FRAME = 6  # bytes that frame one chunk and count for nothing, and as many more as it has data ...
-_CHUNK_PADDING = 14  # ... up to these: 16 digits and two line ends
-_HEAD_SLICE = 2_048  # bytes given to the parser at once, where heads may be: some 80 of the shortest
-_BODY_SLICE = 4_096  # and within a chunked body
-_INTERIMS_MAX = 200  # 1xx before one answer
-_LENGTH_MAX = (1 << 63) - 1  # above it a machine that counts in signed 64 bits would see another length
+_CHUNK_FRAME: Final = 6  # bytes that frame one chunk and count for nothing, and as many more as it has data ...
+_CHUNK_PADDING: Final = 14  # ... up to these: 16 digits and two line ends
+_HEAD_SLICE: Final = 2_048  # bytes given to the parser at once, where heads may be: some 80 of the shortest
+_BODY_SLICE: Final = 4_096  # and within a chunked body
+_INTERIMS_MAX: Final = 200  # 1xx before one answer
+_LENGTH_MAX: Final = (1 << 63) - 1  # above it a machine that counts in signed 64 bits would see another length
 
 # llhttp reads RTSP and tunnels too; neither is a request to pass on.
-_NOT_SERVED = frozenset(
+_NOT_SERVED: Final = frozenset(
     {b"CONNECT", b"DESCRIBE", b"ANNOUNCE", b"SETUP", b"PLAY", b"PAUSE", b"TEARDOWN", b"GET_PARAMETER",
      b"SET_PARAMETER", b"REDIRECT", b"RECORD", b"FLUSH"}
 )  # fmt: skip
@@ -137,7 +137,7 @@ class ResponseSink(Protocol):
     _PASSED, _DROPPED, _HOST, _LENGTH, _ENCODING, _CONNECTION, _UPGRADE, _EXPECT, _SERVER, _REFUSED, _NOTED, _TAKEN,
     _TYPE,
 ) = range(13)  # fmt: skip
-_FRAMING = {
+_FRAMING: Final = {
     b"host": _HOST,
     b"content-length": _LENGTH,
     b"transfer-encoding": _ENCODING,
@@ -145,7 +145,7 @@ _FRAMING = {
     b"upgrade": _UPGRADE,
     b"expect": _EXPECT,
 }
-_SPELLINGS_MAX = 4096
+_SPELLINGS_MAX: Final = 4096
 
 
 class FieldRules:
@@ -198,12 +198,12 @@ class FieldRules:
         return kind
 
 
-PASS_ALL = FieldRules(lambda name: False)
-PASS_ALL_BACK = FieldRules(lambda name: False, of_response=True)
+PASS_ALL: Final = FieldRules(lambda name: False)
+PASS_ALL_BACK: Final = FieldRules(lambda name: False, of_response=True)
 
 
-_AUTHORITY = re.compile(rb"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*)|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?\Z")
-_HOSTS_MAX = 8192
+_AUTHORITY: Final = re.compile(rb"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*)|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?\Z")
+_HOSTS_MAX: Final = 8192
 _hosts: dict[bytes, str] = {}
 
 
@@ -242,15 +242,15 @@ def _bad(detail: str) -> ProxyError:
     return ProxyError(Code.BAD_REQUEST, Source.DOWNSTREAM, detail=detail)
 
 
-_USUAL_REASONS = frozenset({b"OK", b"Not Found", b"No Content", b"Found", b"Created", b"Not Modified", b""})
+_USUAL_REASONS: Final = frozenset({b"OK", b"Not Found", b"No Content", b"Found", b"Created", b"Not Modified", b""})
 _is_text = re.compile(rb"[\t -~\x80-\xff]*").fullmatch  # RFC 9112 §4: reason-phrase
 _NO_HOPS: frozenset[bytes] = frozenset()
 _NOTHING: tuple[tuple[bytes, bytes], ...] = ()
-REPLAY_TYPE = b"application/vnd.fly.replay+json"
-_USUAL_CONNECTION = frozenset(
+REPLAY_TYPE: Final = b"application/vnd.fly.replay+json"
+_USUAL_CONNECTION: Final = frozenset(
     {b"keep-alive", b"Keep-Alive", b"close", b"Close", b"upgrade", b"Upgrade", b"keep-alive, Upgrade"}
 )
-_CLOSE = frozenset({b"close", b"Close"})
+_CLOSE: Final = frozenset({b"close", b"Close"})
 
 
 def _names_close(value: bytes) -> bool:
