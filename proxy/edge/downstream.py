@@ -32,6 +32,7 @@ from proxy.edge.flow import ReadGate
 from proxy.edge.relay import Tunnel
 from proxy.edge.table import PortView
 from proxy.edge.timers import NEVER
+from proxy.edge.tls import TlsTransport
 from proxy.errors import Code, ProxyError, http_status
 from proxy.model import AppName
 from proxy.state import A_CONNECTS, A_DISCONNECTS, W_CONNECTIONS
@@ -101,9 +102,9 @@ class HttpConnection(asyncio.Protocol):
 
     __slots__ = (
         "_app_cells", "_broken", "_edge", "_entered", "_eof", "_exchange", "_gate", "_held_upgrade", "_identities",
-        "_lingered", "_listener", "_local_ip", "_out", "_owed", "_phase", "_queue", "_queue_paused", "_reader",
-        "_transport", "_tunnel", "_turn", "_unread", "_write_paused", "client_ip", "deadline", "is_tls", "public_port",
-        "sni_app", "wheel_tick",
+        "_lingered", "_listener", "_local_ip", "_long_read", "_out", "_owed", "_phase", "_queue", "_queue_paused",
+        "_reader", "_transport", "_tunnel", "_turn", "_unread", "_write_paused", "client_ip", "deadline", "is_tls",
+        "public_port", "sni_app", "wheel_tick",
     )  # fmt: skip
 
     _transport: Transport
@@ -135,6 +136,7 @@ class HttpConnection(asyncio.Protocol):
         self._app_cells = -1  # counters of the app whose request came first
         self._entered: AccessGate | None = None  # the gate that counts this connection
         self._turn = False  # inside data_received: a finished exchange need not look for the next
+        self._long_read = False  # between read_begins and read_ends
         self.deadline = NEVER
         self.wheel_tick = 0
 
@@ -165,15 +167,21 @@ class HttpConnection(asyncio.Protocol):
         if self._unread:
             self._hold_unread(self._unread + data)
             return
+        if self._exchange is not None and not self._exchange.body_done:
+            self._exchange.cork()
         self._turn = True
         try:
             rest = self._reader.feed(data)
         except ProxyError as error:
             self._turn = False
+            if not self._long_read:
+                self._uncork()
             self._on_broken(error)
             return
         finally:
             self._turn = False
+        if not self._long_read:
+            self._uncork()
         if rest:
             self._hold_unread(rest)
         if self._exchange is None and self._phase is not Phase.CLOSED and self._phase is not Phase.LINGER:
@@ -260,6 +268,7 @@ class HttpConnection(asyncio.Protocol):
         self._phase = Phase.EXCHANGE
         self.deadline = NEVER
         exchange = Exchange(self._edge, self, head)
+        exchange.corked = self._turn and head.length != 0
         self._exchange = exchange
         exchange.run()
         if head.length and not exchange.ended:
@@ -267,6 +276,19 @@ class HttpConnection(asyncio.Protocol):
         if self._app_cells < 0 and exchange.app is not None:
             self._app_cells = exchange.app.cells
             self._edge.cells[self._app_cells + A_CONNECTS] += 1
+
+    def read_begins(self) -> None:
+        """From the TLS layer: all that it delivers until `read_ends` came in one read."""
+        self._long_read = True
+
+    def read_ends(self) -> None:
+        self._long_read = False
+        self._uncork()
+
+    def _uncork(self) -> None:
+        """The client's bytes of this turn have been read: what gathered of them for the machine goes there."""
+        if self._exchange is not None and self._exchange.corked:
+            self._exchange.uncork()
 
     def on_body(self, data: bytes) -> None:
         if self._queue:
@@ -465,8 +487,8 @@ class HttpConnection(asyncio.Protocol):
         exchange, self._exchange = self._exchange, None
         if self._phase is Phase.CLOSED:
             return
-        self.flush()
         if self._tunnel is not None:
+            self.flush()
             self._close()
             return
         if (
@@ -475,7 +497,9 @@ class HttpConnection(asyncio.Protocol):
             or (exchange is not None and (exchange.close_after or not exchange.head.keep_alive))
         ):
             self._close_after(exchange)
-        elif self._queue:
+            return
+        self.flush()
+        if self._queue:
             if not self._turn:
                 self._next()
         elif self._broken is not None:
@@ -495,8 +519,17 @@ class HttpConnection(asyncio.Protocol):
         self._hold_unread(b"")
         whole = exchange is not None and exchange.body_done and self._broken is None
         if self._eof or (whole and self._reader.is_between_requests and not self._held_upgrade):
-            self._close()
+            transport = self._transport
+            if isinstance(transport, TlsTransport) and sum(map(len, self._out)) <= JOIN_BYTES:
+                self._end_phase()
+                data = b"".join(self._out)
+                self._out.clear()
+                transport.write_last(data)
+            else:
+                self.flush()
+                self._close()
             return
+        self.flush()
         self._phase = Phase.LINGER
         self._held_upgrade = None
         while self._gate.pauses:
@@ -521,6 +554,7 @@ class HttpConnection(asyncio.Protocol):
                     self._read_on()
             finally:
                 self._turn = False
+                self._uncork()
         if self._exchange is not None or self._phase in (Phase.CLOSED, Phase.LINGER):
             return
         if self._queue:  # the client takes nothing: it has this long
@@ -660,9 +694,12 @@ class HttpConnection(asyncio.Protocol):
 
     def _close(self) -> None:
         if self._phase is not Phase.CLOSED:
-            self._phase = Phase.CLOSED
-            self._edge.wheel.arm(self, CLOSE_S)
+            self._end_phase()
             self._transport.close()
+
+    def _end_phase(self) -> None:
+        self._phase = Phase.CLOSED
+        self._edge.wheel.arm(self, CLOSE_S)
 
 
 def plain_ip(address: object) -> str:

@@ -95,11 +95,11 @@ class Exchange:
 
     __slots__ = (
         "app", "attempts", "body_done", "bytes_in", "bytes_out", "cache_status", "chunked_out", "client_held",
-        "close_after", "code", "connecting", "cookie", "counted_app", "counted_slot", "detail", "edge", "ended",
-        "extra", "failed", "first_byte_ns", "gate", "handing", "handover", "head", "head_only", "held", "held_bytes",
-        "kept", "machine", "port", "queued_since", "replayed", "request_id", "response", "sent_ns", "session",
-        "started_ns", "started_unix", "status", "stream", "ticket", "trailers", "tried", "tunnel", "upstream",
-        "upstream_full", "upstream_held", "wait", "wake_machine", "wake_ns", "wakes", "want",
+        "close_after", "code", "connecting", "cookie", "corked", "counted_app", "counted_slot", "detail", "edge",
+        "ended", "extra", "failed", "first_byte_ns", "gate", "handing", "handover", "head", "head_only", "held",
+        "held_bytes", "kept", "machine", "port", "queued_since", "replayed", "request_id", "response", "sent_ns",
+        "session", "started_ns", "started_unix", "status", "stream", "ticket", "trailers", "tried", "tunnel",
+        "upstream", "upstream_full", "upstream_held", "wait", "wake_machine", "wake_ns", "wakes", "want",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeContext, stream: Stream, head: RequestHead) -> None:
@@ -140,6 +140,7 @@ class Exchange:
         self.body_done = head.length == 0
         self.trailers: Headers | None = None
         self.response: ResponseHead | None = None
+        self.corked = False  # the client's bytes are being read: what goes to the machine of them goes in one write
         self.chunked_out = False
         self.close_after = False
         self.tunnel: Tunnel | None = None
@@ -388,16 +389,31 @@ class Exchange:
             int(self.started_unix * 1_000_000),
             edge.traces.next(),
         )
-        connection.transport.write(data)
         limit = app.record.limits.first_byte_timeout_s
         if self.head.length == 0:
+            connection.transport.write(data)
             if limit is not None:
                 edge.wheel.arm(connection, limit)
             return
+        connection.cork()
+        connection.write(data)
         connection.disarm()
         if head.expects_continue and limit is not None:
             connection.arm(limit)  # the client waits for the machine's word, and sends no last byte before it
         self._send_body(connection, handover is not None and handover.sends_again)
+        if not self.corked:
+            connection.uncork()
+
+    def cork(self) -> None:
+        """The client's bytes are about to be read: gather what of them goes to the machine until `uncork`."""
+        self.corked = True
+        if self.upstream is not None:
+            self.upstream.cork()
+
+    def uncork(self) -> None:
+        self.corked = False
+        if self.upstream is not None:
+            self.upstream.uncork()
 
     def _send_body(self, connection: UpstreamConnection, again: bool) -> None:
         """What has come of the body. `again`: a machine has had it before, so that it is all in what was kept."""

@@ -363,6 +363,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         "_deliver",
         "_encrypt",
         "_error",
+        "_has_written",
         "_held",
         "_hello",
         "_incoming",
@@ -416,6 +417,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._inner_paused = False
         self._waits_for_writing = False
         self._peer_ended = False  # close_notify came
+        self._has_written = False  # the inner protocol, anything
         self._said_goodbye = False  # close_notify went
         self._closing = False
         self._must_stop = False  # any of: reading paused, waits for writing, closing
@@ -432,8 +434,25 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         finally:
             self._corked = False
             if rest or self._incoming.pending:
-                self.data_received(rest)
+                self._start_with(rest)
             elif self._outgoing.pending:
+                self._flush()
+
+    def _start_with(self, rest: bytes) -> None:
+        """The first request came with the end of the handshake: TLS 1.3's ticket leaves with its answer.
+
+        The client waits for no ticket. One write less is 5 us of some 500 (Envoy's library does the same).
+        """
+        if self._object.version() != "TLSv1.3" or len(rest) > _PIECE_IN or self._must_stop:
+            self.data_received(rest)
+            return
+        self._incoming.write(rest)
+        self._corked = True
+        try:
+            self._pass_on()
+        finally:
+            self._corked = False
+            if self._has_written and self._outgoing.pending:
                 self._flush()
 
     # the outer transport's protocol
@@ -480,8 +499,13 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             # The outer transport is paused; what it delivers all the same is bounded by one read.
             view = memoryview(b"".join((self._held, view)))
             self._held = None
+        # Several deliveries of one read: who is told so may write on what is in them as one.
+        begins = getattr(self._inner, "read_begins", None)
+        ends = getattr(self._inner, "read_ends", None)
         self._corked = True
         try:
+            if begins is not None:
+                begins()
             while not self._must_stop and not self._peer_ended:
                 if self._incoming.pending:
                     self._pass_on()
@@ -491,6 +515,8 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
                 else:
                     break
         finally:
+            if ends is not None:
+                ends()
             self._corked = False
             if view and not self._closing and not self._peer_ended:
                 self._held = view
@@ -557,6 +583,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._said_goodbye or self._closing or not data:
             return
+        self._has_written = True
         if self._unsent:
             self._unsent += data
             return
@@ -572,6 +599,15 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             return
         if not self._corked:
             self._outer_write(self._outgoing.read())
+
+    def write_last(self, data: bytes) -> None:
+        """Write and close: the data and close_notify leave together."""
+        self._corked = True
+        try:
+            self.write(data)
+        finally:
+            self._corked = False
+            self.close()
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         self.write(b"".join(list_of_data))

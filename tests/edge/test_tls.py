@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import os
@@ -762,3 +763,73 @@ def _echo_much(tls: ssl.SSLSocket, total: int) -> None:
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
     tls.settimeout(10)
+
+
+async def test_what_one_read_brings_is_delivered_between_its_beginning_and_its_end(tmp_path: Path) -> None:
+    class Gathering(Echo):
+        """Is told of long reads, and keeps what happens in order."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+            self.size = 0
+            self.whole = asyncio.Event()
+
+        def read_begins(self) -> None:
+            self.seen.append("begins")
+
+        def read_ends(self) -> None:
+            self.seen.append("ends")
+
+        def data_received(self, data: bytes) -> None:
+            self.seen.append("data")
+            self.size += len(data)
+            if self.size == 60_000:
+                asyncio.get_running_loop().call_soon(self.whole.set)
+
+    async with serve(tmp_path, Gathering) as server:
+        _, writer, (client, _, outgoing) = await handshake_by_hand(server)
+        for byte in b"abcdef":
+            client.write(bytes((byte,)) * 10_000)
+        writer.write(outgoing.read())
+        while not server.inners:
+            await asyncio.sleep(0.001)
+        inner = server.inners[0]
+        await asyncio.wait_for(inner.whole.wait(), 5)
+        assert inner.seen.count("data") == 6
+        depth = within = 0  # a short read, at the end, has no marks
+        for step in inner.seen:
+            depth += {"begins": 1, "ends": -1, "data": 0}[step]
+            assert depth in (0, 1)
+            within += step == "data" and depth == 1
+        assert depth == 0
+        assert within >= 1
+        writer.close()
+        await asyncio.wait_for(inner.lost, 5)
+
+
+async def test_the_ticket_comes_with_the_answer_to_a_request_that_came_with_the_end_of_the_handshake(
+    tmp_path: Path,
+) -> None:
+    async with serve(tmp_path) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        client, incoming, outgoing = client_hello()
+        writer.write(outgoing.read())
+        while True:
+            incoming.write(await asyncio.wait_for(reader.read(65536), 5))
+            try:
+                client.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                writer.write(outgoing.read())
+        client.write(b"hello")
+        writer.write(outgoing.read())  # Finished and the request in one
+        answer = b""
+        while not answer:
+            incoming.write(await asyncio.wait_for(reader.read(65536), 5))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                answer = client.read(100)
+        assert answer == b"hello"
+        assert client.session is not None and client.session.has_ticket
+        writer.close()
+        await asyncio.wait_for(server.inners[0].lost, 5)
