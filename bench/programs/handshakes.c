@@ -1,6 +1,7 @@
-/* A client that opens a new TLS connection for each request, with a full handshake each time (no session is offered).
+/* A client that opens a new TLS connection for each request, with a full handshake each time (no session is offered), or,
+ * with RESUME 1, with a ticket that an earlier connection of the same client was given (a ticket is used once).
  *
- * usage: handshakes HOST PORT NAME PATH BODY_BYTES CONNECTIONS SECONDS
+ * usage: handshakes HOST PORT NAME PATH BODY_BYTES CONNECTIONS SECONDS RESUME
  * Prints one JSON object: requests, errors, resumed, seconds, and the time from connect() to the last byte in
  * microseconds (p50, p90, p99, p99.9, max). An answer counts only with status 200 and BODY_BYTES bytes after its head.
  */
@@ -24,6 +25,7 @@
 struct conn {
     int fd, sent;
     SSL *ssl;
+    SSL_SESSION *session; /* the latest ticket given to this client */
     double began;
     size_t got;
     char in[65536];
@@ -46,6 +48,14 @@ static double now_us(void) {
     return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
 }
 
+/* A ticket came. Kept for the next connection where that is asked for; else OpenSSL drops it. */
+static int on_ticket(SSL *ssl, SSL_SESSION *session) {
+    struct conn *c = SSL_get_app_data(ssl);
+    if (c->session) SSL_SESSION_free(c->session);
+    c->session = session;
+    return 1;
+}
+
 static void watch(struct conn *c, int op, unsigned events) {
     struct epoll_event event = {.events = events, .data.ptr = c};
     epoll_ctl(epoll_fd, op, c->fd, &event);
@@ -59,6 +69,12 @@ static void begin(struct conn *c) {
     c->got = 0;
     c->began = now_us();
     c->ssl = SSL_new(context);
+    SSL_set_app_data(c->ssl, c);
+    if (c->session) {
+        SSL_set_session(c->ssl, c->session);
+        SSL_SESSION_free(c->session);
+        c->session = NULL;
+    }
     SSL_set_fd(c->ssl, c->fd);
     SSL_set_tlsext_host_name(c->ssl, name);
     SSL_set_connect_state(c->ssl);
@@ -132,7 +148,7 @@ static unsigned quantile(double q) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 8) return 2;
+    if (argc != 9) return 2;
     address.sin_family = AF_INET;
     inet_pton(AF_INET, argv[1], &address.sin_addr);
     address.sin_port = htons((unsigned short)atoi(argv[2]));
@@ -145,7 +161,12 @@ int main(int argc, char **argv) {
                            argv[4], name);
     context = SSL_CTX_new(TLS_client_method());
     SSL_CTX_set_min_proto_version(context, TLS1_3_VERSION);
-    SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
+    if (atoi(argv[8])) {
+        SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
+        SSL_CTX_sess_set_new_cb(context, on_ticket);
+    } else {
+        SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
+    }
     epoll_fd = epoll_create1(0);
     struct conn *all = calloc((size_t)connections, sizeof *all);
     double began = now_us(), end = began + seconds * 1e6;
