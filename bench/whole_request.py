@@ -68,7 +68,10 @@ class FakeListener:
     def __init__(self) -> None:
         self.connections: set[object] = set()
 
-    def on_closed(self) -> None: ...
+    def admits(self, ip: str) -> bool:
+        return True
+
+    def on_closed(self, ip: str) -> None: ...
 
 
 class FakeLink:

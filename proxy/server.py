@@ -41,6 +41,7 @@ from proxy.control.machines import Fleet, Owned, WakeResult
 from proxy.control.plan import NodePlan, keep_plan, kept_plan, plan_of
 from proxy.control.prober import plain_socket
 from proxy.control.store import Store
+from proxy.decide.overload import Stage
 from proxy.decide.restart import hold_left_s
 from proxy.errors import Code
 from proxy.machines import proc
@@ -50,7 +51,7 @@ from proxy.machines.static import StaticDriver
 from proxy.metrics import AppCells, MachineFacts, Metrics, NodeFacts
 from proxy.model import MachineId, MachineState
 from proxy.process import ChildContext, ServePlan, raise_open_files
-from proxy.state import SharedMemory
+from proxy.state import W_OVERLOAD_STAGE, SharedMemory
 
 log = logging.getLogger(__name__)
 
@@ -532,6 +533,10 @@ class Server:
         texts = [f"config.toml has faults, the last good one is in use: {one}" for one in self._config_faults]
         texts += self._reload_warnings
         texts += [fault for fault in (self._api_fault, self._certificate_fault) if fault]
+        for slot in self._serving:
+            stage = self._memory.cells[self._memory.worker_base(slot) + W_OVERLOAD_STAGE]
+            if stage:
+                texts.append(f"worker {slot} is overloaded: {Stage(stage).name.lower().replace('_', ' ')}")
         texts += [f"no certificate for {name}: {why}" for name, why in self.domains.faults.items()]
         texts += [f"{name}: {why}" for name, why in self.apps.warnings.items()]
         return texts + self.store.faults

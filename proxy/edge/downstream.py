@@ -40,7 +40,6 @@ from proxy.wire.http1 import Headers, RequestHead, RequestReader, ResponseHead
 
 if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
-    from proxy.edge.listener import Listener
 
 WRITE_HIGH: Final = 256 * 1024
 WRITE_LOW: Final = 64 * 1024
@@ -74,6 +73,20 @@ class Transport(Protocol):
     def can_write_eof(self) -> bool: ...
     def get_extra_info(self, name: str, default: object = None) -> object: ...
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+
+class Acceptor(Protocol):
+    """Whose connection it is: a listener."""
+
+    @property
+    def public_port(self) -> int: ...
+
+    @property
+    def connections(self) -> set[HttpConnection]: ...
+
+    def admits(self, ip: str) -> bool: ...
+    def on_closed(self, ip: str) -> None: ...
+    def on_rejected(self, connection: HttpConnection, error: ProxyError) -> None: ...
 
 
 class Phase(enum.Enum):
@@ -110,7 +123,7 @@ class HttpConnection(asyncio.Protocol):
     _transport: Transport
     _gate: ReadGate
 
-    def __init__(self, edge: EdgeContext, listener: Listener, is_tls: bool, sni_app: AppName | None) -> None:
+    def __init__(self, edge: EdgeContext, listener: Acceptor, is_tls: bool, sni_app: AppName | None) -> None:
         self._edge = edge
         self._listener = listener
         self.public_port = listener.public_port

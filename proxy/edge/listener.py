@@ -143,6 +143,11 @@ class Listener:
         self._edge.count(W_SOURCE_REFUSED)
         return False
 
+    def hand_on(self, ip: str) -> None:
+        """The protocol that asks next to be let in has the connection of this one, which was."""
+        self._gate.leave()
+        self._edge.sources.hand_on(ip)
+
     def on_closed(self, ip: str) -> None:
         """A connection has ended that had come as far as HTTP."""
         self._gate.leave()
@@ -227,7 +232,7 @@ class _Sniffer(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._timer.cancel()
-        self._listener.on_closed(self._ip)  # the inner one is counted anew
+        self._listener.hand_on(self._ip)
         inner = self._listener.tls() if data[:1] == b"\x16" else self._listener.plain()
         self._transport.set_protocol(inner)
         inner.connection_made(self._transport)

@@ -7,6 +7,7 @@ What reads the effect: `EdgeContext.sheds_connections` at accept (listener.py), 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 from collections.abc import Callable
@@ -24,7 +25,9 @@ LOOK_S = 0.1
 MEMORY_EVERY = 10  # looks: to read it costs 10 us
 CROWDED_LINGER_S = 1.0  # a kept connection that rests goes after this
 _SHARE_OF_HOST = 0.8  # of the host's memory that all workers together may have, where nothing else is said
+TRIM_FROM = 0.75  # of the limit: below every mark of memory
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, malloc_trim(3)
 
 log = logging.getLogger("overload")
 
@@ -62,10 +65,13 @@ class PressureGauge:
 
     def judge(self, lag_s: float, now: float) -> None:
         """Take one measurement of the loop's lateness, and all others at hand."""
+        limit = self._edge.settings.max_memory_bytes or int(self._host_bytes * _SHARE_OF_HOST / self._workers)
         if self._looks % MEMORY_EVERY == 0:
             self._memory_bytes = resident_bytes()
+            if self._memory_bytes >= limit * TRIM_FROM:
+                release_free_memory()
+                self._memory_bytes = resident_bytes()
         self._looks += 1
-        limit = self._edge.settings.max_memory_bytes or int(self._host_bytes * _SHARE_OF_HOST / self._workers)
         pressure = Pressure(self._gate.open / max(1, self._gate.limit), self._memory_bytes / max(1, limit), lag_s)
         before = self._overload.stage
         stage = self._overload.look(pressure, now)
@@ -82,6 +88,12 @@ class PressureGauge:
         log.warning("overload: %s, was %s%s", stage.name.lower(), before.name.lower(), why)
         if stage >= Stage.CROWDED and before is Stage.NORMAL:
             self._let_go(CROWDED_LINGER_S)
+
+
+def release_free_memory() -> None:
+    """Give back what the allocator keeps of memory that is free: else a flood that is over would go on counting."""
+    if _trim is not None:
+        _trim(0)
 
 
 def resident_bytes() -> int:

@@ -37,6 +37,7 @@ class Sources:
         self._exempt = Networks(())
         self._settings: tuple[object, ...] = ()
         self._most = sys.maxsize  # until settings come
+        self._handed_on = ""
         self._refused = 0
         self._told_at = float("-inf")
 
@@ -57,6 +58,9 @@ class Sources:
 
     def enter(self, source: str) -> bool:
         """Count a connection; whether the source may have it. `leave` must follow in any case."""
+        if self._handed_on == source:
+            self._handed_on = ""
+            return True
         key = source_key(source)
         count = self._open.get(key, 0) + 1
         self._open[key] = count
@@ -72,6 +76,10 @@ class Sources:
             self._tell(source, f"it connects more than {self._settings[0]:g} times a second")
             return False
         return True
+
+    def hand_on(self, source: str) -> None:
+        """The next to enter, within this call, has the connection of one that did."""
+        self._handed_on = source
 
     def leave(self, source: str) -> None:
         key = source_key(source)

@@ -1,4 +1,4 @@
-"""A15: heads of every excess. And floods: of connections from one source, of handshakes, of requests from all sides."""
+"""A15: heads of every excess. And floods of connections and handshakes, from one source and from all."""
 
 from __future__ import annotations
 

@@ -102,3 +102,14 @@ def test_a_flood_of_refusals_is_one_line_in_ten_seconds(now: list[float], caplog
         now[0] += 10.0
         one.enter(A)
     assert "499 connections refused" in caplog.records[1].message
+
+
+def test_a_connection_that_is_handed_on_counts_once(now: list[float]) -> None:
+    """As on a port where the first byte tells what is spoken."""
+    one = some(source_connections=2, source_connects_s=1.0)
+    assert one.enter(A)
+    one.hand_on(A)
+    assert one.enter(A), "neither another connection nor another connect"
+    one.leave(A)
+    assert len(one) == 0
+    assert not one.enter(A), "the next one is"
