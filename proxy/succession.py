@@ -52,7 +52,7 @@ class Request:
 def read_request(path: str) -> Request:
     """Raises SuccessionError for a file that is not there, not ours to trust, or no request."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as file:
             if (owner := os.fstat(fd).st_uid) not in (os.geteuid(), 0):
                 raise SuccessionError(f"{path} belongs to user {owner}, who may not choose the program")

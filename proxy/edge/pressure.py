@@ -26,6 +26,7 @@ MEMORY_EVERY = 10  # looks: to read it costs 10 us
 CROWDED_LINGER_S = 1.0  # a kept connection that rests goes after this
 _SHARE_OF_HOST = 0.8  # of the host's memory that all workers together may have, where nothing else is said
 TRIM_FROM = 0.75  # of the limit: below every mark of memory
+TRIM_EVERY_S = 10.0  # it may take milliseconds
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, malloc_trim(3)
 
@@ -45,6 +46,7 @@ class PressureGauge:
         self._due = 0.0
         self._looks = 0
         self._memory_bytes = 0
+        self._trimmed_at = float("-inf")
         self._host_bytes = host_memory_bytes()
         self._handle: asyncio.TimerHandle | None = None
 
@@ -68,7 +70,8 @@ class PressureGauge:
         limit = self._edge.settings.max_memory_bytes or int(self._host_bytes * _SHARE_OF_HOST / self._workers)
         if self._looks % MEMORY_EVERY == 0:
             self._memory_bytes = resident_bytes()
-            if self._memory_bytes >= limit * TRIM_FROM:
+            if self._memory_bytes >= limit * TRIM_FROM and now - self._trimmed_at >= TRIM_EVERY_S:
+                self._trimmed_at = now
                 release_free_memory()
                 self._memory_bytes = resident_bytes()
         self._looks += 1

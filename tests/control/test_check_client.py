@@ -114,11 +114,18 @@ async def test_2xx_passes_and_nothing_else_does(client: CheckClient, line: str, 
 
 async def test_the_beginning_of_a_failing_answer_is_shown_without_control_characters(client: CheckClient) -> None:
     body = b"the \x1b[31mdatabase\n is gone " + b"x" * 1000
-    async with serving(says(status("500 Oh \x07no", body))) as (_, target):
+    async with serving(says(status("500 Oh no", body))) as (_, target):
         finding = await client.check(an_http_check(), target)
     assert not finding.passes
     assert finding.output.startswith("GET /: 500 Oh no: the [31mdatabase is gone xxx")
     assert finding.output.isprintable() and len(finding.output) < SHOWN_CHARACTERS + 50
+
+
+async def test_an_answer_with_control_characters_in_its_reason_fails_and_is_not_shown(client: CheckClient) -> None:
+    async with serving(says(status("500 Oh \x07no", b"gone"))) as (_, target):
+        finding = await client.check(an_http_check(), target)
+    assert not finding.passes
+    assert finding.output.endswith("its answer is not valid: control characters in the reason")
 
 
 async def test_a_redirect_is_not_followed(client: CheckClient) -> None:
