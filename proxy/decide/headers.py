@@ -96,8 +96,13 @@ def identity_fields(
 
 def request_head(head: RequestHead, identity: bytes, request_id: bytes, start_us: int, trace: bytes) -> bytes:
     """The head a machine gets: the client's own fields, then ours. `identity` comes from `identity_fields`."""
-    passed = _without(head.passed, head.listed_hops - {b"host"}) if head.listed_hops else head.passed
-    parts: list[bytes] = [head.method, b" ", head.target, b" HTTP/1.1\r\n", *passed]
+    parts: list[bytes] = [head.method, b" ", head.target, b" HTTP/1.1\r\n"]
+    if head.listed_hops:
+        parts += _without(head.passed, head.listed_hops - {b"host"})
+    elif head.lines:
+        parts.append(head.lines)
+    else:
+        parts += head.passed
     add = parts.extend
     if head.length == CHUNKED:
         parts.append(b"transfer-encoding: chunked\r\n")
@@ -148,7 +153,7 @@ def response_head(
     """The head a client gets. `framing` and `send_connection` are header lines or empty; `server` is ours."""
     removed = rules.removed
     names = head.listed_hops | removed
-    passed = _without(head.passed, names) if names else head.passed
+    passed: list[bytes] = _without(head.passed, names) if names else [head.lines] if head.lines else head.passed
     if rules.pristine:
         ours: tuple[bytes, ...] = ()
         if head.server is not None and b"server" not in names:

@@ -5,7 +5,10 @@ no Transfer-Encoding but `chunked`, no framing fields on upgrades, bounds on eve
 whole. What passes is handed to a sink as parsed fields and never as client bytes, so that the next hop sees framing
 that we wrote (RFC 9112 §11.2, request smuggling).
 
-A body of known length goes round the parser once its head has been judged: its bytes are counted, not copied.
+A body of known length goes round the parser once its head has been judged: its bytes are counted, not copied. So does
+a head whose fields are, byte for byte, those of one before on its connection: what the parser found in them then it
+would find again. Such a head is learned only where it came in one read, from its first byte to its last, and where none
+of its fields frames, steers or ends the connection; of an answer, where a Content-Length frames it and nothing else.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ _CHUNK_PADDING: Final = 14  # ... up to these: 16 digits and two line ends
 _HEAD_SLICE: Final = 2_048  # bytes given to the parser at once, where heads may be: some 80 of the shortest
 _BODY_SLICE: Final = 4_096  # and within a chunked body
 _INTERIMS_MAX: Final = 200  # 1xx before one answer
+_LEARNINGS: Final = 4  # heads learned one after the other and never met again, after which a connection learns no more
 _LENGTH_MAX: Final = (1 << 63) - 1  # above it a machine that counts in signed 64 bits would see another length
 
 # llhttp reads RTSP and tunnels too; neither is a request to pass on.
@@ -55,20 +59,22 @@ class Limits:
 class RequestHead:
     """One request's head. `host` is the normalised authority without port; `length` a byte count or CHUNKED.
 
-    `passed` holds the fields that go on, flat and ready to be joined: name, `: `, value, CRLF, name, ...
+    `passed` holds the fields that go on, flat and ready to be joined: name, `: `, value, CRLF, name, ... `lines`, if it
+    is not empty, is the same joined.
     """
 
     __slots__ = (
+        "_passed",
         "authority",
         "expects_continue",
         "host",
         "keep_alive",
         "length",
+        "lines",
         "listed_hops",
         "method",
         "minor",
         "noted",
-        "passed",
         "target",
         "upgrade",
     )
@@ -76,7 +82,7 @@ class RequestHead:
     method: bytes
     target: bytes  # origin-form or `*`; an absolute-form target was reduced to it
     minor: int  # 1 for HTTP/1.1, 0 for HTTP/1.0
-    passed: list[bytes]
+    lines: bytes
     authority: bytes  # the Host field as received
     host: str
     length: int
@@ -86,6 +92,21 @@ class RequestHead:
     listed_hops: frozenset[bytes]  # names that the Connection field declares hop-by-hop, lower case
     noted: Sequence[tuple[bytes, bytes]]  # fields that steer, as the rules name them: lower-case name and value
 
+    def __init__(self, passed: list[bytes] | None = None, lines: bytes = b"") -> None:
+        self._passed = passed
+        self.lines = lines
+
+    @property
+    def passed(self) -> list[bytes]:
+        if self._passed is None:
+            self._passed = _flat(self.lines)
+        return self._passed
+
+    @passed.setter
+    def passed(self, passed: list[bytes]) -> None:
+        self._passed = passed
+        self.lines = b""
+
     @property
     def fields(self) -> Headers:
         """The fields that go on, as pairs."""
@@ -93,19 +114,39 @@ class RequestHead:
 
 
 class ResponseHead:
-    """One response's head. `length` is a byte count, CHUNKED or UNTIL_CLOSE (also: none declared, for HEAD and 304)."""
+    """One response's head. `length` is a byte count, CHUNKED or UNTIL_CLOSE (also: none declared, for HEAD and 304).
 
-    __slots__ = ("keep_alive", "length", "listed_hops", "noted", "passed", "reason", "server", "status", "upgrade")
+    `passed` and `lines` are as RequestHead's.
+    """
+
+    __slots__ = (
+        "_passed", "keep_alive", "length", "lines", "listed_hops", "noted", "reason", "server", "status", "upgrade",
+    )  # fmt: skip
 
     status: int
     reason: bytes
-    passed: list[bytes]  # as RequestHead.passed
+    lines: bytes
     server: tuple[bytes, bytes] | None  # the Server field, kept apart since ours may replace it
     upgrade: bytes  # the protocol a 101 switches to
     length: int
     keep_alive: bool
     listed_hops: frozenset[bytes]
     noted: Sequence[tuple[bytes, bytes]]  # what the machine says to us, and a content type that does
+
+    def __init__(self, passed: list[bytes] | None = None, lines: bytes = b"") -> None:
+        self._passed = passed
+        self.lines = lines
+
+    @property
+    def passed(self) -> list[bytes]:
+        if self._passed is None:
+            self._passed = _flat(self.lines)
+        return self._passed
+
+    @passed.setter
+    def passed(self, passed: list[bytes]) -> None:
+        self._passed = passed
+        self.lines = b""
 
     @property
     def fields(self) -> Headers:
@@ -115,6 +156,15 @@ class ResponseHead:
 
 def _pairs(passed: list[bytes]) -> Headers:
     return list(zip(passed[0::4], passed[2::4], strict=True))
+
+
+def _flat(lines: bytes) -> list[bytes]:
+    """What was joined from a flat list: no name has `: ` in it, and no value a line's end."""
+    passed: list[bytes] = []
+    for line in lines.split(b"\r\n")[:-1]:
+        name, separator, value = line.partition(b": ")
+        passed += (name, separator, value, b"\r\n")
+    return passed
 
 
 class RequestSink(Protocol):
@@ -238,6 +288,28 @@ def normalize_host(authority: bytes) -> str:
     return host
 
 
+_plain_line = re.compile(rb"(GET|HEAD|OPTIONS|DELETE) (/[!\"$-~]*) HTTP/1\.1").fullmatch
+
+
+class _KnownRequest:
+    """A head whose fields say nothing that frames, steers or ends the connection. Made before the sink has the head."""
+
+    __slots__ = ("authority", "host", "line", "lines", "tail")
+
+    def __init__(self, head: RequestHead) -> None:
+        self.line = b"%b %b HTTP/1.1" % (head.method, head.target)
+        self.tail = b""  # all behind that, from its CRLF to the empty line
+        self.lines = b"".join(head.passed)
+        self.authority = head.authority
+        self.host = head.host
+
+
+def _ends_at(data: bytes, start: int) -> int:
+    """Where the head ends in which `start` is, if CRLF is the only line end in the rest of it; else -1."""
+    end = data.find(b"\r\n\r\n", start) + 4
+    return end if end > 3 and data.count(b"\n", start, end) == data.count(b"\r\n", start, end) else -1
+
+
 def _bad(detail: str) -> ProxyError:
     return ProxyError(Code.BAD_REQUEST, Source.DOWNSTREAM, detail=detail)
 
@@ -296,8 +368,12 @@ class RequestReader:
         "_head",
         "_head_bytes",
         "_in_head",
+        "_is_clean",
         "_kinds",
+        "_known",
         "_last",
+        "_learnable",
+        "_learnings",
         "_length",
         "_limits",
         "_noted",
@@ -333,6 +409,10 @@ class RequestReader:
         self._gathered: list[bytes] | None = None  # body pieces of a long read, given on as one
         self.is_held = False  # the sink has enough for now
         self._last = False  # the body that went round the parser was that of the last request
+        self._known: _KnownRequest | None = None
+        self._learnings = _LEARNINGS
+        self._is_clean = False  # the parser stands between two requests for certain, and so did the read end
+        self._learnable: _KnownRequest | None = None  # the latest head of the read under way, if it may be learned
         self._trailers: Headers = []
         self._upgraded = False
         self._target = b""
@@ -380,6 +460,10 @@ class RequestReader:
         if self._last and self._in_head and data.strip(b"\r\n"):
             raise _bad("data after `Connection: close`")
         before, seen = None, 0
+        if self._is_clean:
+            if self._known is not None and data.endswith(self._known.tail) and self._meets(self._known, data):
+                return b""
+            self._is_clean = False
         while True:
             if self._in_head:
                 self._head_bytes += len(data)
@@ -406,6 +490,7 @@ class RequestReader:
             except httptools.HttpParserError as error:
                 raise _bad(str(error)) from None
             break
+        self._learn(data)
         if self._in_head:
             if self._head_bytes > self._limits.max_head_bytes:
                 raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="the head is larger than allowed")
@@ -423,6 +508,49 @@ class RequestReader:
                 if self._dry > _DRY_MAX or framing > _EXTENSIONS_MAX:
                     raise _bad("chunk extensions or trailers without end")
         return b""
+
+    def _learn(self, data: bytes) -> None:
+        """Remember a head that is all that was read, which also tells that the parser had nothing before it."""
+        head, self._learnable = self._learnable, None
+        if head is not None and data.startswith(head.line) and _ends_at(data, len(head.line)) == len(data):
+            head.tail = data[len(head.line) :]
+            self._known = head
+            self._is_clean = True
+
+    def _meets(self, known: _KnownRequest, data: bytes) -> bool:
+        """Whether this is a request with the fields that are known, which is then told as any other."""
+        line = _plain_line(data, 0, len(data) - len(known.tail))
+        if line is None:
+            return False
+        method, target = line.groups()
+        if len(data) > self._limits.max_head_bytes or len(target) > self._limits.max_target_bytes:
+            return False
+        head = RequestHead(None, known.lines)
+        head.method = method
+        head.target = target
+        head.minor = 1
+        head.keep_alive = True
+        head.authority = known.authority
+        head.host = known.host
+        self._make_plain(head)
+        self._learnings = _LEARNINGS
+        self._head = head
+        self._in_head = False
+        self._head_bytes = len(data)
+        self._sink.on_head(head)
+        self.on_message_complete()
+        return True
+
+    def _offer(self, head: RequestHead) -> None:
+        self._learnings -= 1
+        self._learnable = _KnownRequest(head)
+
+    def _make_plain(self, head: RequestHead) -> None:
+        head.length = 0
+        head.listed_hops = _NO_HOPS
+        head.noted = _NOTHING
+        head.expects_continue = False
+        head.upgrade = None
 
     def _feed_slices(self, data: bytes) -> bytes:
         """A long read, a slice at a time: bounds are looked at between two, and the sink may say that it is enough."""
@@ -532,11 +660,11 @@ class RequestReader:
 
     def on_headers_complete(self) -> None:
         parser = self._parser
-        head = RequestHead()
+        passed = self._passed
+        head = RequestHead(passed)
         head.method = parser.get_method()
         if head.method in _NOT_SERVED:
             raise ProxyError(Code.METHOD_UNKNOWN, Source.DOWNSTREAM, detail="a method that is not served")
-        head.passed = passed = self._passed
         head.keep_alive = keep_alive = parser.should_keep_alive()
         # kept without a Connection field: that is HTTP/1.1 (asking for the version costs 0.2 us)
         head.minor = minor = 1 if keep_alive and not self._special else self._minor_version()
@@ -561,11 +689,9 @@ class RequestReader:
         if self._special:
             self._take_special(head, minor)
         else:
-            head.length = 0
-            head.listed_hops = _NO_HOPS
-            head.noted = _NOTHING
-            head.expects_continue = False
-            head.upgrade = None
+            self._make_plain(head)
+            if self._learnings:
+                self._offer(head)
         self._head = head
         self._in_head = False
         self._body_seen = 0
@@ -604,6 +730,9 @@ class RequestReader:
             if minor and (protocol := _served_upgrade(self._upgrade)) is not None:
                 head.upgrade = protocol
                 self._upgraded = True
+        is_plain = not (length or self._upgrade is not None or head.listed_hops or head.noted or head.expects_continue)
+        if is_plain and minor and head.keep_alive and self._learnings:
+            self._offer(head)
         self._special = False
         self._length = 0
         self._connection = _NO_HOPS
@@ -650,6 +779,33 @@ def _reduce_target(target: bytes, head: RequestHead) -> bytes:
     return path if path[:1] == b"/" else b"/" + path
 
 
+class _KnownResponse:
+    """The head of a final answer of known length that leaves the connection open. Made before the sink has the head."""
+
+    __slots__ = ("data", "length", "lines", "reason", "server", "status", "upgrade")
+
+    def __init__(self, head: ResponseHead) -> None:
+        self.data = b""  # all of it, from the status line to the empty line
+        self.lines = b"".join(head.passed)
+        self.status = head.status
+        self.reason = head.reason
+        self.server = head.server
+        self.upgrade = head.upgrade
+        self.length = head.length
+
+    def again(self) -> ResponseHead:
+        head = ResponseHead(None, self.lines)
+        head.status = self.status
+        head.reason = self.reason
+        head.server = self.server
+        head.upgrade = self.upgrade
+        head.length = self.length
+        head.keep_alive = True
+        head.listed_hops = _NO_HOPS
+        head.noted = _NOTHING
+        return head
+
+
 class ResponseReader:
     """The machine's side of a connection. `expect` before each request says what was asked."""
 
@@ -664,7 +820,11 @@ class ResponseReader:
         "_head_only",
         "_in_head",
         "_interims",
+        "_is_clean",
         "_kinds",
+        "_known",
+        "_learnable",
+        "_learnings",
         "_length",
         "_limits",
         "_noted",
@@ -695,6 +855,10 @@ class ResponseReader:
         self._body_seen = 0
         self._dry = 0
         self._ended = False  # a final answer was whole within the read under way
+        self._known: _KnownResponse | None = None
+        self._learnings = _LEARNINGS
+        self._is_clean = False  # the parser stands between two answers for certain
+        self._learnable: _KnownResponse | None = None  # the latest head of the read under way, if it may be learned
         self._trailers: Headers = []
         self._upgraded = False
         self._reason = b""
@@ -742,6 +906,11 @@ class ResponseReader:
             self.sink.on_response_body(data)
             self.on_message_complete()
             return
+        if self._is_clean:
+            known = self._known
+            if known is not None and not self._head_only and data.startswith(known.data) and self._meets(known, data):
+                return
+            self._is_clean = False
         seen = self._body_seen
         if self._in_head:
             self._head_bytes += len(data)
@@ -762,6 +931,7 @@ class ResponseReader:
             raise
         except httptools.HttpParserError as error:
             raise _invalid(str(error)) from None
+        self._learn(data)
         head = self._head
         if self._in_head:
             if self._head_bytes > self._limits.max_head_bytes:
@@ -777,6 +947,37 @@ class ResponseReader:
                 self._dry = self._dry + len(data) if self._body_seen == seen else 0
                 if self._dry > _DRY_MAX:
                     raise _invalid("chunk framing or trailers without end")
+
+    def _learn(self, data: bytes) -> None:
+        """Remember a head with which the read began, which also tells that the parser had nothing before it."""
+        head, self._learnable = self._learnable, None
+        if head is None:
+            return
+        line = b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)
+        end = _ends_at(data, len(line) - 2)
+        if data.startswith(line) and end > 0 and len(data) - end <= head.length:
+            head.data = data[:end]
+            self._known = head
+            self._is_clean = True
+
+    def _meets(self, known: _KnownResponse, data: bytes) -> bool:
+        """Whether this is an answer with the head that is known, which is then told as any other."""
+        body = data[len(known.data) :]
+        if len(body) > known.length:
+            return False
+        self._learnings = _LEARNINGS
+        self._head = head = known.again()
+        self._in_head = False
+        self._body_seen = len(body)
+        self._ended = False
+        self.sink.on_response_head(head)
+        if body:
+            self.sink.on_response_body(body)
+        if len(body) == known.length:
+            self.on_message_complete()
+        else:
+            self._remaining = known.length - len(body)
+        return True
 
     @property
     def has_answer(self) -> bool:
@@ -844,12 +1045,12 @@ class ResponseReader:
 
     def on_headers_complete(self) -> None:
         parser = self._parser
-        head = ResponseHead()
+        passed = self._passed
+        head = ResponseHead(passed)
         head.status = status = parser.get_status_code()
         head.reason = reason = self._reason
         if reason not in _USUAL_REASONS and not _is_text(reason):
             raise _invalid("control characters in the reason")
-        head.passed = passed = self._passed
         head.server = self._server
         head.upgrade = self._upgrade
         if len(passed) > 4 * self._limits.max_headers:
@@ -875,6 +1076,11 @@ class ResponseReader:
             self._upgraded = True
         elif status < 100 or status > 599:
             raise _invalid(f"status {status}")
+        elif self._learnings and length is not None and length >= 0 and status >= 200:
+            is_plain = not (self._head_only or head.listed_hops or head.noted or status in (204, 304))
+            if is_plain and head.keep_alive:
+                self._learnings -= 1
+                self._learnable = _KnownResponse(head)
         self._head = head
         self._in_head = False
         self._body_seen = 0
