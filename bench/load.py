@@ -50,6 +50,7 @@ class Case:
     upload: bool = False
     handshakes: bool = False
     resumes: bool = False  # each connection with a ticket that an earlier one was given
+    unlike: bool = False  # no two heads are the same, of requests or of answers
     connections: int = 32
 
     @property
@@ -60,6 +61,10 @@ class Case:
 CASES = (
     Case("get", "10-header GET, 100 B, keep-alive", "/small"),
     Case("get-tls", "10-header GET, 100 B, keep-alive, TLS", "/small", tls=True),
+    Case(
+        "unlike", "the same, no two heads alike (an id in each request, an ETag in each answer)", "/fresh", unlike=True
+    ),
+    Case("unlike-tls", "no two heads alike, TLS", "/fresh", tls=True, unlike=True),
     Case("new-tls", "GET, a new TLS connection (full handshake) each", "/small", tls=True, handshakes=True),
     Case(
         "resumed-tls",
@@ -84,6 +89,8 @@ GOALS = (
     ("get", "envoy", 0.65),
     ("get", "nginx", 1.5),
     ("get-tls", "nginx", 1.5),
+    ("unlike", "nginx", 1.5),
+    ("unlike-tls", "nginx", 1.5),
     ("new-tls", "nginx", 1.25),
     ("resumed-tls", "nginx", 1.25),
     ("10m", "haproxy", 0.9),
@@ -185,13 +192,22 @@ class Loader:
         return dict(json.loads(last[-1]))
 
 
+_NUMBERED = """local number = 0
+function request()
+  number = number + 1
+  wrk.headers["X-Request-Id"] = string.format("%016x", number)
+  return wrk.format()
+end
+"""
+
+
 def _lua(case: Case) -> str:
     """wrk's script: connects to 127.0.0.1 whatever the URL's host (kept for SNI and Host), prints JSON at the end."""
     fields = "".join(f"wrk.headers[{json.dumps(name)}] = {json.dumps(value)}\n" for name, value in FIELDS.items())
     upload = f'wrk.method = "POST"\nwrk.body = string.rep("u", {UPLOAD_BYTES})\n' if case.upload else ""
     return (
         f"""wrk.headers["Host"] = "{HOST}"
-{fields}{upload}function wrk.resolve(host, service)
+{fields}{upload}{_NUMBERED if case.unlike else ""}function wrk.resolve(host, service)
   wrk.addrs = {{ wrk.lookup("127.0.0.1", service)[1] }}
 end
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.processes import BenchError, compile_program, free_port, spawn, wait_for_port
 
-BODIES = {"/small": 100, "/1k": 1024, "/100k": 102400, "/10m": 10485760}
+BODIES = {"/small": 100, "/fresh": 100, "/1k": 1024, "/100k": 102400, "/10m": 10485760}
 UPLOAD_ANSWER_BYTES = 10
 
 

@@ -2,6 +2,7 @@
  *
  * usage: origin PORT            listens on 127.0.0.1:PORT, prints "ready" once it does
  * GET  /small /1k /100k /10m    a body of 100, 1024, 102400, 10485760 bytes
+ * GET  /fresh                    as /small, with another ETag each time
  * POST /upload                  reads the body (Content-Length or chunked), answers with its length, 10 digits
  * GET  /head                    answers with the request head as it arrived, so that a check can look at it
  * GET  /stats                   connections accepted and requests answered so far, as JSON
@@ -59,11 +60,11 @@ static const char *find_header(const char *head, const char *name) {
 
 static const char *hand_to;
 
-static void answer(struct conn *c, const char *status, const char *body, size_t length) {
+static void answer_tagged(struct conn *c, const char *status, const char *body, size_t length, unsigned long long tag) {
     c->out_len += (size_t)snprintf(c->out + c->out_len, OUT_SIZE - c->out_len,
                                    "HTTP/1.1 %s\r\nContent-Type: text/plain\r\nContent-Length: %zu\r\n"
-                                   "Cache-Control: max-age=60\r\nETag: \"5f3a-1c\"\r\nServer: origin\r\n%s\r\n",
-                                   status, length, c->closing ? "Connection: close\r\n" : "");
+                                   "Cache-Control: max-age=60\r\nETag: \"%04llx-1c\"\r\nServer: origin\r\n%s\r\n",
+                                   status, length, tag, c->closing ? "Connection: close\r\n" : "");
     requests++;
     if (length <= 1024 || body < big || body >= big + BODY_MAX) {
         memcpy(c->out + c->out_len, body, length);
@@ -73,6 +74,10 @@ static void answer(struct conn *c, const char *status, const char *body, size_t 
         c->body_len = length;
         c->body_off = 0;
     }
+}
+
+static void answer(struct conn *c, const char *status, const char *body, size_t length) {
+    answer_tagged(c, status, body, length, 0x5f3a);
 }
 
 /* A replay to the machine named on the command line; without a name this origin is the one that answers. */
@@ -106,6 +111,7 @@ static void on_head(struct conn *c, char *head, size_t length) {
         return;
     }
     if (strncmp(path, "/small ", 7) == 0) answer(c, "200 OK", big, 100);
+    else if (strncmp(path, "/fresh ", 7) == 0) answer_tagged(c, "200 OK", big, 100, requests);
     else if (strncmp(path, "/1k ", 4) == 0) answer(c, "200 OK", big, 1024);
     else if (strncmp(path, "/100k ", 6) == 0) answer(c, "200 OK", big, 102400);
     else if (strncmp(path, "/10m ", 5) == 0) answer(c, "200 OK", big, BODY_MAX);
