@@ -537,7 +537,7 @@ class HttpConnection(asyncio.Protocol):
                 self._end_phase()
                 data = b"".join(self._out)
                 self._out.clear()
-                transport.write_last(data)
+                transport.write_last(data, awaits_peer=exchange is None or exchange.head.keep_alive)
             else:
                 self.flush()
                 self._close()

@@ -600,14 +600,31 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         if not self._corked:
             self._outer_write(self._outgoing.read())
 
-    def write_last(self, data: bytes) -> None:
-        """Write and close: the data and close_notify leave together."""
+    def write_last(self, data: bytes, awaits_peer: bool) -> None:
+        """Write and close: the data and close_notify leave together.
+
+        Without `awaits_peer`, for a peer that has sent all it will, the socket is closed behind them: what it still
+        sends is its own close_notify, and the reset that answers that finds our bytes read. Who bounds how long it may
+        take to read them is the caller then.
+        """
         self._corked = True
+        awaits_peer = awaits_peer or self._outer.get_write_buffer_size() > _RECORD  # a slow reader
         try:
             self.write(data)
         finally:
             self._corked = False
-            self.close()
+            if awaits_peer or self._closing or self._unsent:
+                self.close()
+            else:
+                self._close_at_once()
+
+    def _close_at_once(self) -> None:
+        self._goodbye()
+        self._closing = self._must_stop = True
+        self._held = None
+        if self._outgoing.pending:
+            self._outer_write(self._outgoing.read())
+        self._outer.close()
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         self.write(b"".join(list_of_data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -173,6 +174,24 @@ def test_a_client_that_half_closes_still_gets_its_answers(plane: Plane) -> None:
 
 
 # --- interim answers
+
+
+def _send_for_half_a_second(sock: socket.socket) -> None:
+    for _ in range(25):
+        sock.send(b"x")
+        time.sleep(0.02)
+
+
+def test_over_tls_the_end_of_a_client_that_asked_to_close_is_not_waited_for(plane: Plane) -> None:
+    """It has our close_notify, and has sent all it will: nothing that is still to come could be lost."""
+    with plane.connect("web", tls=True) as sock:
+        sock.sendall(plane.head("/tell", "Connection: close"))
+        received = b""
+        while data := sock.recv(65536):  # up to close_notify, without which it raises
+            received += data
+        assert received.startswith(b"HTTP/1.1 200 ") and received.endswith(b"}")
+        with socket.socket(fileno=sock.detach()) as raw, pytest.raises(ConnectionError):
+            _send_for_half_a_second(raw)  # a socket that is only half closed would take it
 
 
 def test_100_continue_comes_from_the_machine_before_the_body_is_sent(plane: Plane, tls: bool) -> None:
