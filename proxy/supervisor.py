@@ -490,7 +490,7 @@ class Supervisor:
         lived = now - child.started_at
         stopping = self.stage is not Stage.SERVING
         self._cut_short |= stopping and child.killed and child.ready and place is not self._control
-        done = self.stage is Stage.STOPPING and how == ENDED_WELL
+        done = self.stage is Stage.STOPPING and how == ENDED_WELL and not self._upgrade.control_leaves
         if place in self._retired:
             self._forget(place, f"{place.name} (pid {child.pid}), which others had taken over from, {how}")
         elif self._turnover is not None and place in self._turnover.places:
@@ -498,6 +498,8 @@ class Supervisor:
             self._log("error", self._turnover.fault)
         elif place is self._control and self._upgrade.control_ended(now, how) and not stopping:
             pass
+        elif place is self._control and self._upgrade.request and self._turnover is not None and not stopping:
+            self._turnover.fault = f"its control {how} after {lived:.1f} s"  # so the upgrade is put back
         elif not stopping or (place is self._control and not done):
             self._replace(place, now, place.after_death(lived, child.ready), f"{how} after {lived:.1f} s")
         else:
@@ -720,7 +722,9 @@ class Supervisor:
         if child is None:
             return
         child.kill()
-        select.select([child.pidfd], [], [], DRAIN_MARGIN_S)
+        ended = select.poll()  # unlike select(2), for any descriptor
+        ended.register(child.pidfd, select.POLLIN)
+        ended.poll(DRAIN_MARGIN_S * 1000)
         if child.reap() is None:
             raise OSError(f"control, pid {child.pid}, does not end")
         self._selector.unregister(child.pidfd)

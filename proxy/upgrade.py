@@ -68,8 +68,10 @@ class Upgrade:
 
     @property
     def plan(self) -> ServePlan | None:
-        """What the new program's control starts with."""
-        return ServePlan.from_json(self.request.plan) if self.request is not None else None
+        """What the new program's control starts with. While that is only tried, control is the former program's."""
+        if self.request is None or self.trial is not None:
+            return None
+        return ServePlan.from_json(self.request.plan)
 
     @property
     def control_leaves(self) -> bool:
@@ -162,6 +164,9 @@ class Upgrade:
     def control_ended(self, now: float, how: str) -> bool:
         """Whether the upgrade goes on from here: the former control has made room, or the new one has failed."""
         if self._leave_by is not None:
+            if self.request is None:  # the node ends: one that was told to leave stops no machines, the next one does
+                self._leave_by = None
+                return False
             self._start_control(now)
             return True
         if self._control_by is not None:
@@ -211,7 +216,11 @@ class Upgrade:
         request, former = self.request, self._former
         assert request is not None
         self.request = self._former = self._control_by = self._leave_by = None
-        self._holder.end_control()
+        try:
+            self._holder.end_control()
+        except OSError as error:
+            self._holder.tell_upgrade(request, "failed", f"{why}; and the former program can't come back: {error}")
+            return
         self._holder.control.start_at = time.monotonic()
         if former is None:
             self._holder.tell_upgrade(request, "failed", why)

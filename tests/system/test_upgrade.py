@@ -20,11 +20,21 @@ from tests.support.apps import make_app, starts
 from tests.support.load import Load
 from tests.support.processes import wait_for
 from tests.support.serve import ServedNode, wakefront
+from tests.support.supervised import Supervised
 from tests.system.test_reload import Tunnel
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 ENDS = ("done", "failed", "rolled back")
 ROOT = Path(__file__).resolve().parents[2]
+CONTROL_DIES_LATE = """
+_start = Server.start
+
+async def _start_and_die(self):
+    await _start(self)
+    asyncio.get_running_loop().call_later(0.2, os._exit, 70)
+
+Server.start = _start_and_die
+"""
 
 
 @pytest.fixture
@@ -106,9 +116,10 @@ def test_five_upgrades_under_load_lose_no_request_and_no_tunnel_and_start_no_mac
             "its control exited with status 70",
         ),
         ("worker", "def run(ctx):\n    raise RuntimeError('broken')", "rolled back", "exited with status 70"),
+        ("server", CONTROL_DIES_LATE, "rolled back", "its control exited with status 70"),
         ("supervisor", "Supervisor._take_over = None", "rolled back", "could not take over"),
     ],
-    ids=["cannot be loaded", "other memory", "control fails", "workers fail", "supervisor fails"],
+    ids=["cannot be loaded", "other memory", "control fails", "workers fail", "control fails late", "supervisor fails"],
 )
 def test_a_new_program_that_fails_is_put_back_under_load_and_nobody_notices(
     node: ServedNode, tmp_path: Path, module: str, appended: str, stage: str, why: str
@@ -177,3 +188,44 @@ def test_sigterm_in_the_middle_of_an_upgrade_ends_the_node_in_order(node: Served
         node.stop()
         asking.communicate(timeout=20)
         assert asking.returncode == 1
+
+
+def ask_supervised(node: Supervised, plan: str) -> None:
+    request = Request(secrets.token_hex(4), sys.executable, "9.9", plan)
+    (node.data_dir / "run" / "upgrade.json").write_text(request.to_json())
+    node.signal(signal.SIGUSR2)
+
+
+def test_machines_are_stopped_though_the_end_comes_while_a_control_makes_room(tmp_path: Path) -> None:
+    """A control that leaves stops no machine: another must, or they would run on without anybody."""
+    with Supervised(tmp_path) as node:
+        node.wait_ready()
+        node.tell("control-leaves-slowly")
+        ask_supervised(node, node.plan.to_json())
+        wait_for(lambda: node.messages("control", "leave"), 20, node.log)
+        node.signal(signal.SIGTERM)
+        wait_for(lambda: node.status()["stage"] == "stopping", 10, node.log)
+        node.tell("control-leaves-slowly", False)
+        assert node.wait_ended() == 0
+        (drained,) = node.messages("control", "drain")
+        assert drained["incarnation"] == 2
+
+
+def test_a_control_that_dies_during_the_trial_is_replaced_by_one_of_the_former_plan(tmp_path: Path) -> None:
+    program = tmp_path / "slow-python"
+    program.write_text(
+        f'#!/bin/sh\nwhile [ -e {tmp_path}/trial-waits ]; do sleep 0.05; done\nexec {sys.executable} "$@"\n'
+    )
+    program.chmod(0o755)
+    with Supervised(tmp_path) as node:
+        node.wait_ready()
+        node.tell("trial-waits")
+        request = Request(secrets.token_hex(4), str(program), "9.9", "no plan at all")
+        (node.data_dir / "run" / "upgrade.json").write_text(request.to_json())
+        node.signal(signal.SIGUSR2)
+        wait_for(lambda: ": trial" in node.log(), 10, node.log)
+        former = node.pid_of("control")
+        os.kill(former, signal.SIGKILL)
+        node.wait_replaced("control", 0, former)
+        node.tell("trial-waits", False)
+        wait_for(lambda: ": failed: the new program ended by itself" in node.log(), 20, node.log)

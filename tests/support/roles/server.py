@@ -7,6 +7,7 @@ import os
 import selectors
 import socket
 import subprocess
+import time
 
 from proxy.process import ChildContext
 from tests.support.roles import BEAT_S, Role
@@ -30,6 +31,11 @@ def run(context: ChildContext) -> int:
                     role.tell("message", message=message)
                     if message["op"] == "drain" and not role.told("control-does-not-end"):
                         return 1 if role.told("control-fails-to-drain") else 0
+                    if message["op"] == "leave":
+                        while role.told("control-leaves-slowly"):
+                            role.beat()
+                            time.sleep(0.01)
+                        return 0
                     if message["op"] == "exited" and not role.told("control-does-not-reap"):
                         role.say(op="reap", pid=message["pid"])
             else:
