@@ -1,8 +1,8 @@
 """One coarse timer wheel for a worker: a connection's deadline is an attribute, not a loop timer.
 
 `arm` is what a request pays: one assignment, and only when the deadline comes nearer than the bucket the entry lies in
-is it moved. An entry whose bucket comes up early is put into the bucket of its deadline then. Deadlines are met late by
-at most one tick, never early.
+is it moved. An entry whose bucket comes up early is put into the bucket of its deadline then. Time is counted from the
+latest tick, so a deadline is met up to one tick early or late.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 
 from proxy.edge import pressure as module
-from proxy.edge.pressure import PressureGauge, host_memory_bytes, resident_bytes
+from proxy.edge.pressure import PressureGauge, host_memory_bytes, open_statm, resident_bytes
 from proxy.state import W_OVERLOAD_STAGE, W_SHED_CONNECTIONS, W_SHED_REQUESTS
 from tests.support.edge import EdgeHarness, answers
 
@@ -98,16 +99,18 @@ async def test_where_connections_run_short_those_that_rest_go_and_answers_end_th
 
 
 async def test_memory_over_its_limit_sheds_requests(edge: EdgeHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "resident_bytes", lambda: edge.edge.settings.max_memory_bytes or 1 << 50)
+    monkeypatch.setattr(module, "resident_bytes", lambda statm: edge.edge.settings.max_memory_bytes or 1 << 50)
     gauge(edge).judge(0.0, 0.0)
     assert edge.edge.sheds_requests
 
 
 def test_resident_memory_is_this_processes() -> None:
-    before = resident_bytes()
+    statm = open_statm()
+    before = resident_bytes(statm)
     held = bytearray(64 << 20)
-    assert (60 << 20) < resident_bytes() - before < (70 << 20)
+    assert (60 << 20) < resident_bytes(statm) - before < (70 << 20)
     del held
+    os.close(statm)
 
 
 def test_a_control_group_may_leave_less_than_the_host_has(tmp_path: Path) -> None:

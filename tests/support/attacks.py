@@ -260,6 +260,8 @@ class Attack:
             # meanwhile: what it met past the node, and what the host kept the worker from running
             host = max(self.figures.direct_p99_ms or 0.0, self.figures.waited_ms or 0.0)
             assert p99 is not None and p99 - host <= mark, f"p99 of the bystander was {p99} ms, {host} by the host"
+            if p99 > mark:
+                self.note(f"p99 not judged: the host kept the worker from running for {host:.0f} ms")
 
 
 class Sampler:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +28,12 @@ handshake_timeout = "1s"
 head_timeout = "1s"
 idle_timeout = "1s"
 """
+
+
+@pytest.fixture
+def one_worker(tmp_path: Path) -> Iterator[Plane]:
+    with Plane(tmp_path / "one", scripted_app(tmp_path, "web"), workers=1) as node:
+        yield node
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,31 @@ def test_connections_over_the_limit_are_closed_and_counted(plane: Plane) -> None
     assert plane.metric("fly_edge_tcp_connections_drop_count") == dropped + 60
     wait_for(lambda: plane.metric("wakefront_connections") == 0, 10, "all to have ended")
     assert plane.ask("/tell").status == 200
+
+
+def test_a_worker_without_a_descriptor_left_goes_on_serving_and_says_so(one_worker: Plane) -> None:
+    """What comes beyond is closed; connections that rest are let go for the sake of what is under way."""
+    node = one_worker
+    (pid,) = node.worker_pids
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with node.peer() as kept:
+        kept.send(node.head("/tell"))
+        assert kept.read_answer().status == 200
+        least = len(os.listdir(f"/proc/{pid}/fd"))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (least + 6, hard))
+        try:
+            crowd = [node.peer(timeout=5) for _ in range(30)]
+            wait_for(lambda: "no file descriptor is left" in node.log(), 10, "the worker to say so")
+            kept.send(node.head("/tell"))
+            answered = kept.read_answer()
+            assert answered.status == 200 and answered["connection"] == "close"
+            for peer in crowd:
+                peer.socket.close()
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+    assert "LimitNOFILE" in node.log() and "Traceback" not in node.log()
+    wait_for(lambda: "overload: normal, was crowded" in node.log(), 15, "the worker to be at ease again")
+    assert node.ask("/tell").status == 200 and node.worker_pids == [pid]
 
 
 # --- deadlines of the client
