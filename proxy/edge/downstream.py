@@ -531,7 +531,9 @@ class HttpConnection(asyncio.Protocol):
         self._queue = None
         self._hold_unread(b"")
         whole = exchange is not None and exchange.body_done and self._broken is None
-        if self._eof or (whole and self._reader.is_between_requests and not self._held_upgrade):
+        # answered while its head was being read, a request is whole too, if its client has announced nothing behind it
+        is_last = exchange is not None and exchange.head.length == 0 and not exchange.head.keep_alive
+        if self._eof or (whole and (is_last or self._reader.is_between_requests) and not self._held_upgrade):
             transport = self._transport
             if isinstance(transport, TlsTransport) and sum(map(len, self._out)) <= JOIN_BYTES:
                 self._end_phase()

@@ -176,6 +176,19 @@ def test_a_client_that_half_closes_still_gets_its_answers(plane: Plane) -> None:
 # --- interim answers
 
 
+@pytest.mark.parametrize("more", [(), ("Content-Length: 0",)], ids=["bare", "empty body"])
+def test_a_client_that_asks_to_close_gets_the_end_of_our_own_answer_at_once(
+    plane: Plane, tls: bool, more: tuple[str, ...]
+) -> None:
+    with plane.peer(tls=tls) as peer:
+        peer.send(plane.head("/", "Connection: close", "fly-force-instance-id: none", *more))
+        answered = peer.read_answer()
+        assert answered["wakefront-error"] and answered["connection"] == "close"
+        began = time.monotonic()
+        assert peer.is_closed()
+        assert time.monotonic() - began < 1.5, "what a connection lingers for its client to end"
+
+
 def _send_for_half_a_second(sock: socket.socket) -> None:
     for _ in range(25):
         sock.send(b"x")
