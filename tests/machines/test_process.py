@@ -279,7 +279,7 @@ class TestSuspend:
         async with driver_at(tmp_path) as (driver, _):
             one = spec(tmp_path, *python(self._BUSY))
             await driver.start(one, started)
-            await until(lambda: len(output(one)) == 3, "all three run")
+            await until(lambda: [len(line.split()) for line in output(one)] == [2, 2, 2], "all three run")
             pids = [int(line.split()[1]) for line in output(one)]
             await driver.suspend(one.id)
             frozen = _cpu(pids)
@@ -301,7 +301,7 @@ class TestSuspend:
         async with driver_at(tmp_path) as (driver, _):
             one = spec(tmp_path, *python(self._BUSY))
             await driver.start(one, started)
-            await until(lambda: len(output(one)) == 3, "all three run")
+            await until(lambda: [len(line.split()) for line in output(one)] == [2, 2, 2], "all three run")
             pids = [int(line.split()[1]) for line in output(one)]
             suspending = asyncio.get_running_loop().create_task(driver.suspend(one.id))
             await asyncio.sleep(0)

@@ -40,7 +40,7 @@ def begin_to_end(node: ServedNode) -> None:
 
 def test_requests_under_way_and_half_an_upload_are_answered(node: ServedNode) -> None:
     with ThreadPoolExecutor(21) as pool, node.connect("counted") as upload:
-        slow = [pool.submit(node.get, "counted", "/work?ms=1500", tls=place % 2 == 0) for place in range(20)]
+        slow = [pool.submit(node.get, "counted", "/work?ms=3000", tls=place % 2 == 0) for place in range(20)]
         upload.sendall(b"POST /work?id=1 HTTP/1.1\r\nHost: counted.apps.localhost\r\nContent-Length: 10\r\n\r\nhalf.")
         wait_for(lambda: node.machines("counted") and in_flight(node) >= 21, 10, "all are under way")
         began = time.monotonic()
