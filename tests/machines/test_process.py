@@ -269,17 +269,17 @@ class TestSuspend:
     # counts as fast as it can, in three processes: leader, child of the group, daemon outside of it
     _BUSY = (
         "import os,time\n"
-        "def count():\n while True: pass\n"
-        "if os.fork()==0: print('child',os.getpid()); count()\n"
-        "if os.fork()==0:\n os.setsid()\n if os.fork()==0: print('daemon',os.getpid()); count()\n os._exit(0)\n"
-        "os.wait(); print('leader',os.getpid()); count()\n"
+        "def count(who):\n os.write(1, b'%b %d\\n' % (who, os.getpid()))\n while True: pass\n"  # a line in one piece
+        "if os.fork()==0: count(b'child')\n"
+        "if os.fork()==0:\n os.setsid()\n if os.fork()==0: count(b'daemon')\n os._exit(0)\n"
+        "os.wait(); count(b'leader')\n"
     )
 
     async def test_cpu_time_of_every_process_stands_still_and_goes_on_after_resume(self, tmp_path: Path) -> None:
         async with driver_at(tmp_path) as (driver, _):
             one = spec(tmp_path, *python(self._BUSY))
             await driver.start(one, started)
-            await until(lambda: [len(line.split()) for line in output(one)] == [2, 2, 2], "all three run")
+            await until(lambda: len(output(one)) == 3, "all three run")
             pids = [int(line.split()[1]) for line in output(one)]
             await driver.suspend(one.id)
             frozen = _cpu(pids)
@@ -301,7 +301,7 @@ class TestSuspend:
         async with driver_at(tmp_path) as (driver, _):
             one = spec(tmp_path, *python(self._BUSY))
             await driver.start(one, started)
-            await until(lambda: [len(line.split()) for line in output(one)] == [2, 2, 2], "all three run")
+            await until(lambda: len(output(one)) == 3, "all three run")
             pids = [int(line.split()[1]) for line in output(one)]
             suspending = asyncio.get_running_loop().create_task(driver.suspend(one.id))
             await asyncio.sleep(0)
