@@ -2,6 +2,7 @@
 
     supervisor.pid   locked by the supervisor while it lives; holds its pid, and is emptied at a clean end
     upgrade.json, upgrade-result.json    what `wakefront upgrade` asked for, and how far it has come (succession.py)
+    upgrade.lock     held by that command while it waits (cli/upgrade.py)
     control.sock     where workers and nobody else reach control (0600)
     children.json    who is who: for `wakefront status`, and for tests
     ready            there once control and all workers have served; holds the supervisor's pid

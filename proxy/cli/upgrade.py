@@ -6,6 +6,7 @@ the supervisor. What happens then is the supervisor's (succession.py); this wait
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ import secrets
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from proxy.process import ServePlan
 from proxy.succession import REQUEST_FILE, RESULT_FILE, Request
 
 MOST_S = 120.0  # every step of the supervisor's has its own, shorter end
+LOCK_FILE = "upgrade.lock"  # in run_dir: who has it waits for the supervisor's word
 _POLL_S = 0.02
 _STAGES = {
     "trial": "trying the new program in a process of its own",
@@ -45,14 +48,16 @@ def upgrade(config: Path | None, as_json: bool) -> None:
         run_check(path, [], as_json)
         raise CliError(f"Nothing was changed: {path} has faults, listed above.", USAGE)
     wanted = plan(result.config, path)
-    supervisor, program = _running(wanted)
     request = Request(secrets.token_hex(8), sys.executable, _version(), wanted.to_json())
+    _become_owner(wanted.run_dir)
+    supervisor, program = _running(wanted)
     if program == sys.executable and not as_json:
         say(f"note: the node runs from {program} too; if files there were replaced, there is no former program to go")
         say("      back to. An environment for each version keeps it (docs/cli.md).")
     began = time.monotonic()
-    _ask(wanted, request, supervisor)
-    last = _wait(wanted, request, supervisor, as_json)
+    with _alone(wanted.run_dir):
+        _ask(wanted, request, supervisor)
+        last = _wait(wanted, request, supervisor, as_json)
     seconds = round(time.monotonic() - began, 3)
     answer = {**last, "seconds": seconds, "program": sys.executable, "former": program}
     if as_json:
@@ -63,6 +68,35 @@ def upgrade(config: Path | None, as_json: bool) -> None:
         raise CliError(f"The new program failed and the former one serves on: {last['detail']}", FAILED)
     if last["stage"] != "done":
         raise CliError(f"Not upgraded: {last['detail']}", FAILED)
+
+
+def _become_owner(run_dir: str) -> None:
+    """Root goes on as the user that the node runs as, for good.
+
+    The node could not read what root leaves for it; and machines may be of that user too: in a folder of theirs root
+    could be led to write elsewhere. A link counts as its own owner's.
+    """
+    if os.geteuid() != 0:
+        return
+    try:
+        owner = os.lstat(run_dir)
+    except FileNotFoundError:
+        return  # no node: told next
+    if owner.st_uid != 0:
+        os.setgroups([])
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+
+
+@contextlib.contextmanager
+def _alone(run_dir: str) -> Iterator[None]:
+    """One command at a time: a second would write over the first one's request, and over the word on it."""
+    with open(os.open(os.path.join(run_dir, LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CliError("Another `wakefront upgrade` of this node is under way: wait for its end.") from None
+        yield
 
 
 def _running(wanted: ServePlan) -> tuple[int, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.serve import ServedNode
+from tests.support.serve import ServedNode, wakefront
 
 pytestmark = pytest.mark.slow
 NOBODY = 65534
@@ -77,6 +77,23 @@ def test_it_binds_low_ports_and_its_machines_have_no_rights(
         assert open_files(shown(node, "/proc/self/limits")) == "1024", "machines have the soft limit"
         for pid in (node.pid_of("control"), *node.worker_pids):
             assert open_files(Path(f"/proc/{pid}/limits").read_text()) == str(HARD), "these have raised theirs"
+
+
+def test_root_upgrades_it_and_is_not_led_to_write_where_a_link_of_the_services_user_points(
+    place: Path, as_service: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    of_root = tmp_path_factory.mktemp("of-root") / "file"
+    of_root.write_text("precious")
+    with ServedNode(place, prefix=as_service) as node:
+        (node.data_dir / "run" / "upgrade.json.new").symlink_to(of_root)
+        command = [wakefront(), "upgrade", "--config", str(node.config)]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 1 and "Permission denied" in refused.stderr
+        assert of_root.read_text() == "precious" and os.stat(of_root).st_uid == 0
+        (node.data_dir / "run" / "upgrade.json.new").unlink()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert os.stat(node.data_dir / "run" / "upgrade.json").st_uid == NOBODY
 
 
 def open_files(limits: str) -> str:

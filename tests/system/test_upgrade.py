@@ -180,6 +180,25 @@ def test_frozen_control_is_no_obstacle(node: ServedNode) -> None:
     assert node.get("web")[0] == 200
 
 
+def test_of_two_commands_at_once_the_second_is_refused_and_does_not_take_the_place_of_the_first(
+    node: ServedNode,
+) -> None:
+    """The supervisor stands still until both have asked: of two signals it would see one, and the later request."""
+    command = [wakefront(), "upgrade", "--config", str(node.config)]
+    os.kill(node.pid, signal.SIGSTOP)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
+        try:
+            wait_for((node.data_dir / "run" / "upgrade.json").exists, 20, "the first has asked")
+            second = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            os.kill(node.pid, signal.SIGCONT)
+            said, _ = first.communicate(timeout=60)
+        finally:
+            os.kill(node.pid, signal.SIGCONT)
+            first.kill()
+    assert second.returncode == 1 and "Another `wakefront upgrade` of this node is under way" in second.stderr
+    assert first.returncode == 0, said
+
+
 def test_sigterm_in_the_middle_of_an_upgrade_ends_the_node_in_order(node: ServedNode) -> None:
     with subprocess.Popen(
         [wakefront(), "upgrade", "--config", str(node.config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
