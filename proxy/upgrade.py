@@ -206,7 +206,10 @@ class Upgrade:
     def abandon(self) -> None:
         """The node ends. Whatever control there is stops the machines."""
         request = self.request
-        if request is None or self.trial is not None:  # the end of a trial is told when it is there
+        if self.trial is not None:  # its end is told when it is there; the node does not wait for that
+            self.trial.kill()
+            return
+        if request is None:
             return
         self.request = self._former = self._control_by = None
         self._holder.tell_upgrade(request, "failed", "the node ends")

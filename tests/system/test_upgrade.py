@@ -18,7 +18,7 @@ from proxy import config
 from proxy.succession import Request
 from tests.support.apps import make_app, starts
 from tests.support.load import Load
-from tests.support.processes import wait_for
+from tests.support.processes import runs, wait_for
 from tests.support.serve import ServedNode, wakefront
 from tests.support.supervised import Supervised
 from tests.system.test_reload import Tunnel
@@ -209,8 +209,8 @@ def test_sigterm_in_the_middle_of_an_upgrade_ends_the_node_in_order(node: Served
         assert asking.returncode == 1
 
 
-def ask_supervised(node: Supervised, plan: str) -> None:
-    request = Request(secrets.token_hex(4), sys.executable, "9.9", plan)
+def ask_supervised(node: Supervised, plan: str, python: Path | str = sys.executable) -> None:
+    request = Request(secrets.token_hex(4), str(python), "9.9", plan)
     (node.data_dir / "run" / "upgrade.json").write_text(request.to_json())
     node.signal(signal.SIGUSR2)
 
@@ -239,12 +239,24 @@ def test_a_control_that_dies_during_the_trial_is_replaced_by_one_of_the_former_p
     with Supervised(tmp_path) as node:
         node.wait_ready()
         node.tell("trial-waits")
-        request = Request(secrets.token_hex(4), str(program), "9.9", "no plan at all")
-        (node.data_dir / "run" / "upgrade.json").write_text(request.to_json())
-        node.signal(signal.SIGUSR2)
+        ask_supervised(node, "no plan at all", program)
         wait_for(lambda: ": trial" in node.log(), 10, node.log)
         former = node.pid_of("control")
         os.kill(former, signal.SIGKILL)
         node.wait_replaced("control", 0, former)
         node.tell("trial-waits", False)
         wait_for(lambda: ": failed: the new program ended by itself" in node.log(), 20, node.log)
+
+
+def test_a_trial_that_hangs_does_not_outlive_the_node(tmp_path: Path) -> None:
+    program, said = tmp_path / "hanging-python", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > {said}\nexec sleep 60\n")
+    program.chmod(0o755)
+    with Supervised(tmp_path) as node:
+        node.wait_ready()
+        ask_supervised(node, node.plan.to_json(), program)
+        wait_for(lambda: said.exists() and said.read_text().strip(), 10, node.log)
+        node.signal(signal.SIGTERM)
+        assert node.wait_ended() == 0
+        trial = int(said.read_text())
+        wait_for(lambda: not runs(trial), 5, "the trial has ended")
