@@ -34,6 +34,7 @@ _HEAD_SLICE: Final = 2_048  # bytes given to the parser at once, where heads may
 _BODY_SLICE: Final = 4_096  # and within a chunked body
 _INTERIMS_MAX: Final = 200  # 1xx before one answer
 _LEARNINGS: Final = 4  # heads learned one after the other and never met again, after which a connection learns no more
+_KNOWN_MAX: Final = 4_096  # bytes of an answer's head that is learned: a connection keeps it; of a request's, a slice
 _LENGTH_MAX: Final = (1 << 63) - 1  # above it a machine that counts in signed 64 bits would see another length
 
 # llhttp reads RTSP and tunnels too; neither is a request to pass on.
@@ -955,7 +956,7 @@ class ResponseReader:
             return
         line = b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)
         end = _ends_at(data, len(line) - 2)
-        if data.startswith(line) and end > 0 and len(data) - end <= head.length:
+        if data.startswith(line) and 0 < end <= _KNOWN_MAX and len(data) - end <= head.length:
             head.data = data[:end]
             self._known = head
             self._is_clean = True

@@ -225,6 +225,19 @@ def test_a_head_whose_body_came_later_is_learned_too() -> None:
     assert BackReaders().feed(ANSWER, b"hello").feed(ANSWER, b"there").met == 1
 
 
+def test_a_long_head_is_not_kept() -> None:
+    long = ANSWER.replace(b"text/plain", b"t" * 4_096)
+    limits = Limits(max_head_bytes=10_000)
+    seen = Seen()
+    reader = ResponseReader(seen, limits, RESPONSE_RULES)
+    for _ in range(3):
+        reader.feed(long + b"hello")
+    assert [head.lines for head in seen.responses] == [b""] * 3
+    requests = Readers(limits)
+    requests.feed(*[PLAIN.replace(b"TE: x", b"X: " + b"x" * 2_048)] * 3)
+    assert requests.met == 0
+
+
 def test_the_same_head_in_answer_to_head_has_no_body() -> None:
     readers = BackReaders().feed(ANSWER + b"hello").feed(ANSWER, head_only=True).feed(ANSWER + b"again")
     assert readers.seen.error is None and readers.seen.events.count("end") == 3
