@@ -551,9 +551,12 @@ class Supervisor:
             plan.workers, self._memory.rows, (place.slot for place in self._places if place.role != "control")
         )
         if len(rows) < plan.workers:
+            left = len(self._retired)
+            beside = f", beside {left} that keep connections after earlier changes" if left else ""
+            what = "wait for those ([node] retire_timeout)" if left else "lower [node] workers"
             return [
-                f"there is no room for {plan.workers} more workers, {len(self._retired)} still keep connections after "
-                f"earlier changes: wait for them ([node] retire_timeout), or restart the service"
+                f"there is room for {len(rows)} more workers, not for {plan.workers}{beside}: "
+                f"{what}, or restart the service"
             ]
         try:
             bindings = bind_all(plan.listen, plan.workers, held=self._bindings)

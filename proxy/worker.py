@@ -167,6 +167,7 @@ class Worker:
     async def _cover(self, slot: int, public_ports: list[int], sockets: list[socket.socket]) -> None:
         """Accept for a slot whose worker can't start: its queue would otherwise keep its share of clients waiting."""
         log.info("accepting for slot %d too, until its worker starts", slot)
+        self._uncover(slot)  # a supervisor that has become another program does not know that it has asked already
         self._covered[slot] = [
             await self._listener(port, sock) for port, sock in zip(public_ports, sockets, strict=True)
         ]
