@@ -41,12 +41,14 @@ def spawn(
 ) -> int:  # fmt: skip
     """Start a program and return its pid. `files`: the child's descriptor -> ours. `cwd` None: where the caller stands.
 
+    The child does not get what is in `closed`, unless `files` gives it: a number may have come to mean another file.
+
     Raises OSError (which step it was is not told), ValueError for a text with a NUL in it.
     """
     actions = ctypes.create_string_buffer(_ROOM)
     _check(_libc.posix_spawn_file_actions_init(actions))
     try:
-        for descriptor in closed:
+        for descriptor in set(closed).difference(files.values()):
             _check(_libc.posix_spawn_file_actions_addclose(actions, descriptor))
         for theirs, ours in files.items():
             _check(_libc.posix_spawn_file_actions_adddup2(actions, ours, theirs))
