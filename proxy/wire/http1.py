@@ -511,9 +511,15 @@ class RequestReader:
         return b""
 
     def _learn(self, data: bytes) -> None:
-        """Remember a head that is all that was read, which also tells that the parser had nothing before it."""
+        """Remember a head that is all that was read and of which nothing came before: that could have been the start of
+        it, and this, though it looks like a whole head, the value of a field and what follows."""
         head, self._learnable = self._learnable, None
-        if head is not None and data.startswith(head.line) and _ends_at(data, len(head.line)) == len(data):
+        if (
+            head is not None
+            and self._carried == len(data)
+            and data.startswith(head.line)
+            and _ends_at(data, len(head.line)) == len(data)
+        ):
             head.tail = data[len(head.line) :]
             self._known = head
             self._is_clean = True
@@ -913,6 +919,7 @@ class ResponseReader:
                 return
             self._is_clean = False
         seen = self._body_seen
+        is_first = self._in_head and not self._head_bytes  # of a head, all of it so far is in this read
         if self._in_head:
             self._head_bytes += len(data)
         self._ended = False
@@ -932,7 +939,7 @@ class ResponseReader:
             raise
         except httptools.HttpParserError as error:
             raise _invalid(str(error)) from None
-        self._learn(data)
+        self._learn(data, is_first)
         head = self._head
         if self._in_head:
             if self._head_bytes > self._limits.max_head_bytes:
@@ -949,10 +956,11 @@ class ResponseReader:
                 if self._dry > _DRY_MAX:
                     raise _invalid("chunk framing or trailers without end")
 
-    def _learn(self, data: bytes) -> None:
-        """Remember a head with which the read began, which also tells that the parser had nothing before it."""
+    def _learn(self, data: bytes, is_first: bool) -> None:
+        """Remember a head with which the read began. `is_first`: the parser had nothing before, of which this, though it
+        looks like a whole head, could be the value of a field and what follows."""
         head, self._learnable = self._learnable, None
-        if head is None:
+        if head is None or not is_first:
             return
         line = b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)
         end = _ends_at(data, len(line) - 2)

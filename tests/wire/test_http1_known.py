@@ -111,6 +111,14 @@ def test_a_request_that_has_begun_goes_on_with_the_parser(begun: bytes) -> None:
     assert readers.met == 0
 
 
+def test_what_looks_like_a_head_within_a_fields_value_is_none() -> None:
+    """Its request began in the read before, with a Host; met again, it would be a request without one."""
+    rest = b"GET /a?b HTTP/1.1\r\nAccept: */*\r\n\r\n"
+    readers = Readers().feed(b"GET /a?b HTTP/1.1\r\nHost: a.test\r\nX: ", rest, rest.replace(b"/a?b", b"/b"))
+    assert [head.target for head in readers.seen.heads] == [b"/a?b"]
+    assert readers.seen.error is not None and "Host" in readers.seen.error.detail
+
+
 def test_a_line_that_is_not_plain_is_left_to_the_parser() -> None:
     tail = PLAIN.removeprefix(b"GET /a?b HTTP/1.1")
     for line in [
@@ -164,7 +172,8 @@ READS = [
     PLAIN.replace(b"TE: x", b"Connection: keep-alive"), PLAIN.replace(b"GET", b"POST"), PLAIN + PLAIN, b"\r\n" + PLAIN,
     PLAIN.replace(b"/a?b", b"http://a.test/a?b"), PLAIN.replace(b"\r\n\r\n", b"\n\r\n"),
     PLAIN.replace(b": */*", b":*/* "),
-    PLAIN.replace(b"a.test", b"b.test"),
+    PLAIN.replace(b"a.test", b"b.test"), b"GET /a?b HTTP/1.1\r\nHost: a.test\r\nX: ",
+    PLAIN.replace(b"Host: a.test\r\n", b""),
 ]  # fmt: skip
 
 
@@ -243,6 +252,14 @@ def test_the_same_head_in_answer_to_head_has_no_body() -> None:
     assert readers.seen.error is None and readers.seen.events.count("end") == 3
 
 
+def test_what_looks_like_an_answer_within_a_fields_value_is_none() -> None:
+    """As where an app echoes what a client sent and writes its fields one by one: the fields before it are that
+    client's, and not those of whose answer has such a head."""
+    readers = BackReaders().feed(b"HTTP/1.1 200 OK\r\nSet-Cookie: a\r\nX-Echo: ", ANSWER + b"hello")
+    readers.feed(ANSWER + b"there")
+    assert [b"Set-Cookie" in head.passed for head in readers.seen.responses] == [True, False]
+
+
 def test_bytes_beyond_an_answer_that_is_known_are_an_error() -> None:
     readers = BackReaders().feed(ANSWER + b"hello").feed(ANSWER + b"hello!")
     assert readers.seen.error is not None
@@ -271,6 +288,7 @@ ANSWERS = [
     ANSWER.replace(b"1.1", b"1.0") + b"hello", b"HTTP/1.1 103 Early Hints\r\n\r\n",
     ANSWER.replace(b"Server", b"Fly-Replay"),
     ANSWER.replace(b"\r\n\r\n", b"\r\n\n") + b"hello", ANSWER.replace(b"Content-Length: 5", b"X: y"),
+    b"HTTP/1.1 200 OK\r\nX: ",
 ]  # fmt: skip
 
 
