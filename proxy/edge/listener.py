@@ -137,7 +137,13 @@ class Listener:
         return self._acceptor()
 
     def admits(self, ip: str) -> bool:
-        """Count a connection with its source; whether that may have it. `on_closed` must follow in any case."""
+        """Count a connection with its source; whether that may have it. `on_closed` must follow in any case.
+
+        One that was reset before it was accepted has no address any more, but can have brought a whole request: that
+        would reach the app as nobody's, past what limits its sender.
+        """
+        if not ip:
+            return False
         if self._edge.sources.enter(ip):
             return True
         self._edge.count(W_SOURCE_REFUSED)

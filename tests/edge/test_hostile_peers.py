@@ -322,3 +322,18 @@ async def test_an_answer_broken_off_by_a_client_that_never_reads_is_let_go(edge:
     client.close()
     await asyncio.wait_for(edge.gate.wait_empty(), 5)
     assert edge.memory.in_flight(1) == 0
+
+
+async def test_a_request_of_a_client_that_reset_before_it_was_accepted_reaches_no_machine(edge: EdgeHarness) -> None:
+    """It has no address any more: the app would have it from nobody, and no limit would know its sender."""
+    heads: list[bytes] = []
+    origin = await edge.origin(answers(OK, heads.append))
+    edge.set_app(edge.app(edge.machine(origin.port)))
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", edge.port)) as client:  # the loop accepts after this turn
+            client.sendall(GET.replace(b"GET / ", b"GET /nobodys "))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert (await edge.request(GET)).startswith(b"HTTP/1.1 200")
+    await asyncio.wait_for(edge.gate.wait_empty(), 5)
+    assert [head.split()[1] for head in heads] == [b"/"]
+    assert len(edge.edge.sources) == 0
