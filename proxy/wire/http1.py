@@ -461,6 +461,7 @@ class RequestReader:
         if self._last and self._in_head and data.strip(b"\r\n"):
             raise _bad("data after `Connection: close`")
         before, seen = None, 0
+        is_first = self._in_head and not self._head_bytes and not self._target  # nothing of a head has come before
         if self._is_clean:
             if self._known is not None and data.endswith(self._known.tail) and self._meets(self._known, data):
                 return b""
@@ -491,7 +492,7 @@ class RequestReader:
             except httptools.HttpParserError as error:
                 raise _bad(str(error)) from None
             break
-        self._learn(data)
+        self._learn(data, is_first)
         if self._in_head:
             if self._head_bytes > self._limits.max_head_bytes:
                 raise ProxyError(Code.HEAD_TOO_LARGE, Source.DOWNSTREAM, detail="the head is larger than allowed")
@@ -510,16 +511,13 @@ class RequestReader:
                     raise _bad("chunk extensions or trailers without end")
         return b""
 
-    def _learn(self, data: bytes) -> None:
-        """Remember a head that is all that was read and of which nothing came before: that could have been the start of
-        it, and this, though it looks like a whole head, the value of a field and what follows."""
+    def _learn(self, data: bytes, is_first: bool) -> None:
+        """Remember a head that is all that was read. `is_first`: nothing of one came before of which this, though it
+        looks like a head, could be the value of a field and what follows."""
         head, self._learnable = self._learnable, None
-        if (
-            head is not None
-            and self._carried == len(data)
-            and data.startswith(head.line)
-            and _ends_at(data, len(head.line)) == len(data)
-        ):
+        if head is None or not is_first:
+            return
+        if data.startswith(head.line) and _ends_at(data, len(head.line)) == len(data):
             head.tail = data[len(head.line) :]
             self._known = head
             self._is_clean = True
@@ -697,7 +695,7 @@ class RequestReader:
             self._take_special(head, minor)
         else:
             self._make_plain(head)
-            if self._learnings:
+            if self._learnings and keep_alive:
                 self._offer(head)
         self._head = head
         self._in_head = False
@@ -822,6 +820,7 @@ class ResponseReader:
         "_connection",
         "_dry",
         "_ended",
+        "_has_begun",
         "_head",
         "_head_bytes",
         "_head_only",
@@ -865,6 +864,7 @@ class ResponseReader:
         self._known: _KnownResponse | None = None
         self._learnings = _LEARNINGS
         self._is_clean = False  # the parser stands between two answers for certain
+        self._has_begun = False  # the parser has had some byte of an answer, or of a 1xx, and not its end
         self._learnable: _KnownResponse | None = None  # the latest head of the read under way, if it may be learned
         self._trailers: Headers = []
         self._upgraded = False
@@ -919,7 +919,7 @@ class ResponseReader:
                 return
             self._is_clean = False
         seen = self._body_seen
-        is_first = self._in_head and not self._head_bytes  # of a head, all of it so far is in this read
+        is_first = not self._has_begun
         if self._in_head:
             self._head_bytes += len(data)
         self._ended = False
@@ -957,8 +957,8 @@ class ResponseReader:
                     raise _invalid("chunk framing or trailers without end")
 
     def _learn(self, data: bytes, is_first: bool) -> None:
-        """Remember a head with which the read began. `is_first`: the parser had nothing before, of which this, though it
-        looks like a whole head, could be the value of a field and what follows."""
+        """Remember a head with which the read began. `is_first`: the parser had nothing before of which this, though it
+        looks like a head, could be the value of a field and what follows."""
         head, self._learnable = self._learnable, None
         if head is None or not is_first:
             return
@@ -1003,6 +1003,7 @@ class ResponseReader:
     # --- called by the parser
 
     def on_message_begin(self) -> None:
+        self._has_begun = True
         if self._ended:  # no answer can come in the read that ended the one before: its request had not been sent
             raise _invalid("bytes after the end of the response")
 
@@ -1119,6 +1120,7 @@ class ResponseReader:
             self._trailers = []
         head = self._head
         self._in_head = True
+        self._has_begun = False
         self._head_bytes = 0
         self._head = None
         if head is not None and head.status >= 200:

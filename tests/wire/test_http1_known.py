@@ -87,7 +87,7 @@ def test_a_keep_alive_that_clients_need_not_say_changes_nothing() -> None:
     [
         b"Connection: close", b"Connection: x-a", b"Connection: TE, keep-alive", b"Content-Length: 3", b"Upgrade: x",
         b"Transfer-Encoding: chunked", b"Expect: 100-continue", b"Fly-Prefer-Region: ams", b"Content_Length: 3",
-        b"Connection: Upgrade\r\nUpgrade: websocket", b"Host: b.test",
+        b"Connection: Upgrade\r\nUpgrade: websocket", b"Host: b.test", b"Proxy-Connection: close",
     ],
 )  # fmt: skip
 def test_what_frames_steers_or_ends_is_left_to_the_parser(line: bytes) -> None:
@@ -116,6 +116,13 @@ def test_what_looks_like_a_head_within_a_fields_value_is_none() -> None:
     rest = b"GET /a?b HTTP/1.1\r\nAccept: */*\r\n\r\n"
     readers = Readers().feed(b"GET /a?b HTTP/1.1\r\nHost: a.test\r\nX: ", rest, rest.replace(b"/a?b", b"/b"))
     assert [head.target for head in readers.seen.heads] == [b"/a?b"]
+    assert readers.seen.error is not None and "Host" in readers.seen.error.detail
+
+
+def test_nor_is_it_one_where_the_request_before_ended_in_the_same_read() -> None:
+    rest = b"GET /a?b HTTP/1.1\r\nAccept: */*\r\n\r\n"
+    readers = Readers().feed(PLAIN + b"GET /a?b HTTP/1.1\r\nHost: a.test\r\nX: ", rest, rest.replace(b"/a?b", b"/b"))
+    assert [head.target for head in readers.seen.heads] == [b"/a?b"] * 2
     assert readers.seen.error is not None and "Host" in readers.seen.error.detail
 
 
@@ -173,7 +180,8 @@ READS = [
     PLAIN.replace(b"/a?b", b"http://a.test/a?b"), PLAIN.replace(b"\r\n\r\n", b"\n\r\n"),
     PLAIN.replace(b": */*", b":*/* "),
     PLAIN.replace(b"a.test", b"b.test"), b"GET /a?b HTTP/1.1\r\nHost: a.test\r\nX: ",
-    PLAIN.replace(b"Host: a.test\r\n", b""),
+    PLAIN.replace(b"Host: a.test\r\n", b""), PLAIN.replace(b"TE: x", b"Proxy-Connection: close"),
+    PLAIN + b"GET /a?b HTTP/1.1\r\nHost: a.test\r\nX: ",
 ]  # fmt: skip
 
 
@@ -260,6 +268,14 @@ def test_what_looks_like_an_answer_within_a_fields_value_is_none() -> None:
     assert [b"Set-Cookie" in head.passed for head in readers.seen.responses] == [True, False]
 
 
+@pytest.mark.parametrize("reason", [b"OK", b""])
+def test_nor_is_it_one_behind_an_interim_answer(reason: bytes) -> None:
+    begun = b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 %b\r\nSet-Cookie: a\r\nX-Echo: " % reason
+    answer = ANSWER.replace(b"OK", reason)
+    readers = BackReaders().feed(begun, answer + b"hello").feed(answer + b"there")
+    assert [b"Set-Cookie" in head.passed for head in readers.seen.responses] == [False, True, False]
+
+
 def test_bytes_beyond_an_answer_that_is_known_are_an_error() -> None:
     readers = BackReaders().feed(ANSWER + b"hello").feed(ANSWER + b"hello!")
     assert readers.seen.error is not None
@@ -288,7 +304,7 @@ ANSWERS = [
     ANSWER.replace(b"1.1", b"1.0") + b"hello", b"HTTP/1.1 103 Early Hints\r\n\r\n",
     ANSWER.replace(b"Server", b"Fly-Replay"),
     ANSWER.replace(b"\r\n\r\n", b"\r\n\n") + b"hello", ANSWER.replace(b"Content-Length: 5", b"X: y"),
-    b"HTTP/1.1 200 OK\r\nX: ",
+    b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nX: ",
 ]  # fmt: skip
 
 
