@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 WRITE_HIGH: Final = 256 * 1024
 WRITE_LOW: Final = 64 * 1024
 MAX_PIPELINED: Final = 16  # requests that wait, after which no further slice of a read is looked at
+A_TURN: Final = 32  # requests answered without waiting for anything, after which it is the turn of other connections
 JOIN_BYTES: Final = 16 * 1024  # below this one joined write is cheaper than several
 LINGER_S: Final = 2.0
 CLOSE_S = 60.0  # a closing connection's last bytes get this long to leave
@@ -114,10 +115,10 @@ class HttpConnection(asyncio.Protocol):
     """One client connection. Satisfies `exchange.Stream` and `wire.http1.RequestSink`."""
 
     __slots__ = (
-        "_app_cells", "_broken", "_edge", "_entered", "_eof", "_exchange", "_gate", "_held_upgrade", "_identities",
-        "_lingered", "_listener", "_local_ip", "_long_read", "_out", "_owed", "_phase", "_queue", "_queue_paused",
-        "_reader", "_transport", "_tunnel", "_turn", "_unread", "_write_paused", "client_ip", "deadline", "is_tls",
-        "public_port", "sni_app", "wheel_tick",
+        "_answered", "_app_cells", "_broken", "_edge", "_entered", "_eof", "_exchange", "_gate", "_held_upgrade",
+        "_identities", "_lingered", "_listener", "_local_ip", "_long_read", "_out", "_owed", "_phase", "_queue",
+        "_queue_paused", "_reader", "_transport", "_tunnel", "_turn", "_unread", "_write_paused", "client_ip",
+        "deadline", "is_tls", "public_port", "sni_app", "wheel_tick",
     )  # fmt: skip
 
     _transport: Transport
@@ -149,6 +150,7 @@ class HttpConnection(asyncio.Protocol):
         self._app_cells = -1  # counters of the app whose request came first
         self._entered: AccessGate | None = None  # the gate that counts this connection
         self._turn = False  # inside data_received: a finished exchange need not look for the next
+        self._answered = 0  # requests that began and ended in this turn of the loop
         self._long_read = False  # between read_begins and read_ends
         self.deadline = NEVER
         self.wheel_tick = 0
@@ -190,6 +192,8 @@ class HttpConnection(asyncio.Protocol):
             if not self._long_read:
                 self._uncork()
             self._on_broken(error)
+            if self._exchange is None and self._queue:  # their turn had not come
+                self._edge.loop.call_soon(self._next)
             return
         finally:
             self._turn = False
@@ -199,9 +203,10 @@ class HttpConnection(asyncio.Protocol):
             self._hold_unread(rest)
         if self._exchange is None and self._phase is not Phase.CLOSED and self._phase is not Phase.LINGER:
             if self._queue:
-                self._next()
+                self._serve_queue()
             else:
                 self._after_turn()
+                self._answered = 0
 
     def eof_received(self) -> bool:
         """The client sends no more. What it asked for is still answered."""
@@ -272,7 +277,8 @@ class HttpConnection(asyncio.Protocol):
     def on_head(self, head: RequestHead) -> None:
         if self._phase is Phase.LINGER or self._phase is Phase.CLOSED:
             return
-        if self._exchange is not None or self._queue or self._write_paused:  # paused: its answer would pile up here
+        # paused: its answer would pile up here
+        if self._exchange is not None or self._queue or self._write_paused or self._answered >= A_TURN:
             self._enqueue(head)
             return
         self._start(head)
@@ -512,6 +518,8 @@ class HttpConnection(asyncio.Protocol):
             self._close_after(exchange)
             return
         self.flush()
+        if self._turn:
+            self._answered += 1
         if self._queue:
             if not self._turn:
                 self._next()
@@ -559,8 +567,16 @@ class HttpConnection(asyncio.Protocol):
             self._gate.pause()  # a reset could destroy the answer; what is left of LINGER_S ends it
 
     def _next(self) -> None:
-        """Serve the pipelined requests whose turn has come."""
+        """In a new turn of the loop, serve the pipelined requests whose turn has come."""
+        self._answered = 0
+        if self._queue and self._exchange is None:
+            self._serve_queue()
+
+    def _serve_queue(self) -> None:
         while self._queue and self._exchange is None and self._phase is not Phase.CLOSED and not self._write_paused:
+            if self._answered >= A_TURN:  # thousands may have come in one read: others wait no longer for them
+                self._edge.loop.call_soon(self._next)
+                return
             queued = self._queue.popleft()
             self._turn = True
             try:

@@ -8,10 +8,11 @@ import struct
 
 import pytest
 
-from proxy.edge.downstream import HttpConnection
+from proxy.edge.downstream import A_TURN, HttpConnection
 from proxy.edge.exchange import HELD_MAX_BYTES
 from proxy.ipc import Wake
 from proxy.model import AppLimits, AppName, MachineId, MachineState
+from proxy.state import A_LATENCY, A_LATENCY_SUM_US
 from tests.support.edge import EdgeHarness, answers, read_head
 
 GET = b"GET / HTTP/1.1\r\nHost: hello.apps.test\r\n\r\n"
@@ -152,6 +153,39 @@ async def test_garbage_behind_a_request_that_ends_the_connection_gets_no_second_
         b"POST / HTTP/1.1\r\nHost: hello.apps.test\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\nNONSENSE\r\n\r\n"
     )
     assert answer.count(b"HTTP/1.1 ") == 1
+
+
+async def test_thousands_of_requests_answered_at_once_leave_other_connections_their_turn(edge: EdgeHarness) -> None:
+    """A read of 256 KiB holds 5,000 of them: in one turn they kept everybody waiting for all of them."""
+    edge.set_app(edge.app(edge.machine(0, state=MachineState.STOPPED), force_https=True))
+    first = edge.edge.table.apps[AppName("hello")].cells + A_LATENCY
+    cells = edge.memory.cells
+    reader, writer = await edge.connect()
+    answers = asyncio.create_task(reader.read())
+    writer.write(GET * 5000)
+    writer.write_eof()
+    most = before = 0
+    async with asyncio.timeout(30):
+        while not answers.done():
+            await asyncio.sleep(0)
+            answered = sum(cells[first : first + A_LATENCY_SUM_US - A_LATENCY])
+            most, before = max(most, answered - before), answered
+    assert (await answers).count(b"HTTP/1.1 301") == before == 5000
+    assert 0 < most <= 2 * A_TURN
+
+
+@pytest.mark.parametrize("count", [A_TURN - 1, A_TURN, A_TURN + 1, 3 * A_TURN + 5])
+@pytest.mark.parametrize(
+    "tail", [b"GET / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nHost: hello.apps.test\r\nContent-Length: 9\r\n\r\nabc"]
+)
+async def test_what_comes_behind_many_requests_answered_at_once_is_judged_after_them(
+    edge: EdgeHarness, count: int, tail: bytes
+) -> None:
+    edge.set_app(edge.app(edge.machine(0, state=MachineState.STOPPED), force_https=True))
+    answer = await edge.request(GET * count + tail)
+    statuses = [int(piece[:3]) for piece in answer.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [301] * count + ([400] if tail.startswith(b"GET") else [301])
+    assert edge.edge.held_bytes == 0
 
 
 @pytest.mark.parametrize("count", [17, 30, 3000])
