@@ -27,6 +27,7 @@ class Turnstile:
         self._inner = inner
         self._begun = 0  # in this turn
         self._line: OrderedDict[Waiter, str | None] = OrderedDict()
+        self._waiting: dict[Waiter, Waiter] = {}  # for a certificate: who is told of it, on whose behalf
         self._scheduled = False
 
     def __len__(self) -> int:
@@ -40,19 +41,37 @@ class Turnstile:
 
     def need(self, name: str | None, waiter: Waiter) -> None:
         if self._begun < A_TURN and not self._line:  # `find` let it through: the certificate is what is missing
-            self._inner.need(name, waiter)
-            return
+            self._await_certificate(name, waiter)
+        else:
+            self._stand_in_line(name, waiter)
+
+    def forget(self, name: str | None, waiter: Waiter) -> None:
+        if waiter in self._line:
+            del self._line[waiter]
+        elif (given := self._waiting.pop(waiter, None)) is not None:
+            self._inner.forget(name, given)
+
+    def _await_certificate(self, name: str | None, waiter: Waiter) -> None:
+        """A crowd that waits for one certificate is given it in one piece, and begins a few a turn all the same."""
+
+        def given(context: ssl.SSLContext | None, error: ProxyError | None) -> None:
+            del self._waiting[waiter]
+            if context is not None and (self._begun >= A_TURN or self._line):
+                self._stand_in_line(name, waiter)
+                return
+            if context is not None:
+                self._count()
+            waiter(context, error)
+
+        self._waiting[waiter] = given
+        self._inner.need(name, given)
+
+    def _stand_in_line(self, name: str | None, waiter: Waiter) -> None:
         if len(self._line) >= LINE_MAX:
             waiter(None, ProxyError(Code.TLS_OVERLOADED, detail=f"{LINE_MAX} handshakes wait for their turn"))
             return
         self._line[waiter] = name
         self._schedule()
-
-    def forget(self, name: str | None, waiter: Waiter) -> None:
-        if waiter in self._line:
-            del self._line[waiter]
-        else:
-            self._inner.forget(name, waiter)
 
     def _count(self) -> None:
         self._begun += 1
@@ -73,4 +92,4 @@ class Turnstile:
             if context is not None:
                 waiter(context, None)
             else:
-                self._inner.need(name, waiter)
+                self._await_certificate(name, waiter)

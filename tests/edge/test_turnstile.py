@@ -19,9 +19,10 @@ class Certificates:
     def __init__(self) -> None:
         self.late: list[Waiter] = []
         self.forgotten = 0
+        self.has_come = False
 
     def find(self, name: str | None) -> ssl.SSLContext | None:
-        return None if name == "late" else CONTEXT
+        return None if name == "late" and not self.has_come else CONTEXT
 
     def need(self, name: str | None, waiter: Waiter) -> None:
         self.late.append(waiter)
@@ -83,6 +84,41 @@ async def test_one_without_its_certificate_waits_for_that_and_holds_nobody_up() 
     for waiter in certificates.late:
         waiter(CONTEXT, None)
     assert first.context is CONTEXT and behind.context is CONTEXT
+
+
+async def test_a_crowd_that_waits_for_one_certificate_begins_a_few_a_turn() -> None:
+    certificates = Certificates()
+    one = Turnstile(asyncio.get_running_loop(), certificates)
+    crowd = []
+    for _ in range(3):
+        crowd += [Client(one, "late").begin() for _ in range(A_TURN)]
+        await asyncio.sleep(0)
+    while one._begun:  # those that stood in line have had their turn
+        await asyncio.sleep(0)
+    assert len(certificates.late) == len(crowd)
+    certificates.has_come = True
+    for waiter in certificates.late:
+        waiter(CONTEXT, None)
+    gone = crowd[-1]
+    one.forget(gone.name, gone.given)
+    for turn in (1, 2, 3):
+        assert sum(client.context is not None for client in crowd) == min(turn * A_TURN, len(crowd) - 1)
+        await asyncio.sleep(0)
+    assert len(one) == 0 and gone.context is None and certificates.forgotten == 0
+
+
+async def test_a_crowd_is_told_at_once_that_there_is_no_certificate() -> None:
+    certificates = Certificates()
+    one = Turnstile(asyncio.get_running_loop(), certificates)
+    crowd = []
+    for _ in range(2):
+        crowd += [Client(one, "late").begin() for _ in range(A_TURN)]
+        await asyncio.sleep(0)
+    while one._begun:
+        await asyncio.sleep(0)
+    for waiter in certificates.late:
+        waiter(None, ProxyError(Code.TLS_NO_CERTIFICATE))
+    assert all(client.error is not None for client in crowd)
 
 
 async def test_one_that_left_the_line_is_not_called() -> None:
