@@ -548,10 +548,12 @@ class HttpConnection(asyncio.Protocol):
                 data = b"".join(self._out)
                 self._out.clear()
                 transport.write_last(data, awaits_peer=exchange is None or exchange.head.keep_alive)
-            else:
+                return
+            if self.is_tls or self._eof or exchange is None or not exchange.head.keep_alive:
                 self.flush()
                 self._close()
-            return
+                return
+            # its next request may be on its way: closed, the socket would answer that with a reset
         self.flush()
         self._phase = Phase.LINGER
         self._held_upgrade = None

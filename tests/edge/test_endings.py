@@ -18,7 +18,7 @@ from proxy.edge.relay import Tunnel
 from proxy.edge.upstream import UpstreamConnection
 from proxy.model import AppName, ConcurrencyType, MachineState
 from proxy.state import W_CONNECTIONS
-from tests.support.edge import EdgeHarness, read_head
+from tests.support.edge import EdgeHarness, answers, read_head
 
 GET = b"GET /x HTTP/1.1\r\nHost: hello.apps.test\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -39,6 +39,24 @@ async def eventually(what: object, seconds: float = 5.0) -> None:
 def reset(writer: asyncio.StreamWriter) -> None:
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+async def test_an_answer_is_not_lost_to_the_request_that_a_client_sends_behind_it(edge: EdgeHarness) -> None:
+    """It was told `Connection: close` only in that answer: a reset for what it sent meanwhile would destroy it."""
+    body = b"a" * 1_500_000
+    origin = await edge.origin(answers(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body))
+    edge.set_app(edge.app(edge.machine(origin.port)))
+    edge.edge.draining = True
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port, limit=1024)  # the rest stays in the kernel
+    writer.write(GET)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert b"connection: close\r\n" in head
+    await eventually(lambda: not edge.memory.in_flight(1))
+    writer.write(GET)
+    await writer.drain()
+    await asyncio.sleep(0.1)  # for a reset to come
+    assert len(await asyncio.wait_for(reader.read(), 10)) == len(body)
+    writer.close()
 
 
 # --- answers given early
