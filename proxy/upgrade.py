@@ -126,7 +126,9 @@ class Upgrade:
             self._become(request.python, dict(os.environ), request, "", former)
         except (SuccessionError, OSError) as error:
             self.request = None
-            self._holder.tell_upgrade(request, "failed", str(error))
+            # A trial is killed where the node ends: that it said nothing is no fault of the new program's.
+            why = str(error) if self._holder.is_serving else "the node ends"
+            self._holder.tell_upgrade(request, "failed", why)
 
     def _become(
         self, python: str, environ: dict[str, str], request: Request, failed: str, former: dict[str, Any] | None
@@ -206,12 +208,12 @@ class Upgrade:
     def abandon(self) -> None:
         """The node ends. Whatever control there is stops the machines."""
         request = self.request
-        if self.trial is not None:  # its end is told when it is there; the node does not wait for that
-            self.trial.kill()
-            return
         if request is None:
             return
-        self.request = self._former = self._control_by = None
+        if self.trial is not None:  # the node does not wait for its end
+            self.trial.kill()
+        else:
+            self.request = self._former = self._control_by = None
         self._holder.tell_upgrade(request, "failed", "the node ends")
 
     def _put_back(self, why: str) -> None:

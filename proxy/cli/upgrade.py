@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proxy.cli.failure import FAILED, USAGE, CliError
+from proxy.cli.failure import FAILED, INTERRUPTED, USAGE, CliError
 from proxy.cli.node import config_path, is_file
 from proxy.cli.output import print_json, say
 from proxy.config import load, plan
@@ -57,7 +57,10 @@ def upgrade(config: Path | None, as_json: bool) -> None:
     began = time.monotonic()
     with _alone(wanted.run_dir):
         _ask(wanted, request, supervisor)
-        last = _wait(wanted, request, supervisor, as_json)
+        try:
+            last = _wait(wanted, request, supervisor, as_json)
+        except KeyboardInterrupt:
+            raise CliError("The node goes on with the upgrade; its log tells how that ends.", INTERRUPTED) from None
     seconds = round(time.monotonic() - began, 3)
     answer = {**last, "seconds": seconds, "program": sys.executable, "former": program}
     if as_json:
@@ -65,7 +68,11 @@ def upgrade(config: Path | None, as_json: bool) -> None:
     elif last["stage"] == "done":
         say(f"done in {seconds:.1f} s: {request.version} serves; old workers end with their connections")
     if last["stage"] == "rolled back":
-        raise CliError(f"The new program failed and the former one serves on: {last['detail']}", FAILED)
+        raise CliError(
+            f"The new program failed and the former one serves on: {last['detail']}."
+            " The node's log has more; its control answers again in a moment.",
+            FAILED,
+        )
     if last["stage"] != "done":
         raise CliError(f"Not upgraded: {last['detail']}", FAILED)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from proxy import config
-from proxy.succession import Request
+from proxy.succession import RESULT_FILE, Request
 from tests.support.apps import make_app, starts
 from tests.support.load import Load
 from tests.support.processes import runs, wait_for
@@ -199,6 +199,17 @@ def test_of_two_commands_at_once_the_second_is_refused_and_does_not_take_the_pla
     assert first.returncode == 0, said
 
 
+def test_a_command_that_is_interrupted_says_that_the_upgrade_goes_on(node: ServedNode) -> None:
+    with subprocess.Popen(
+        [wakefront(), "upgrade", "--config", str(node.config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as asking:
+        wait_for(lambda: "upgrade to" in node.log(), 20, node.log)
+        asking.send_signal(signal.SIGINT)
+        said, _ = asking.communicate(timeout=20)
+        assert asking.returncode == 130 and b"goes on with the upgrade" in said
+    wait_for(lambda: ": done" in node.log(), 60, node.log)
+
+
 def test_sigterm_in_the_middle_of_an_upgrade_ends_the_node_in_order(node: ServedNode) -> None:
     with subprocess.Popen(
         [wakefront(), "upgrade", "--config", str(node.config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -258,5 +269,7 @@ def test_a_trial_that_hangs_does_not_outlive_the_node(tmp_path: Path) -> None:
         wait_for(lambda: said.exists() and said.read_text().strip(), 10, node.log)
         node.signal(signal.SIGTERM)
         assert node.wait_ended() == 0
+        told = json.loads((node.data_dir / "run" / RESULT_FILE).read_text())
+        assert (told["stage"], told["detail"]) == ("failed", "the node ends"), "not that the new program failed"
         trial = int(said.read_text())
         wait_for(lambda: not runs(trial), 5, "the trial has ended")
