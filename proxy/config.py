@@ -54,6 +54,8 @@ from proxy.wire.toml_table import (
 _T = TypeVar("_T")
 
 DEFAULT_REGION: Final = RegionCode("local")
+# A worker at rest has some 45 MB. Overload is measured by max_memory, and begins below it.
+_LEAST_MEMORY_BYTES: Final = 64 * 1024**2
 DEFAULT_ADMIN: Final = "127.0.0.1:8081"
 DEFAULT_DATA_DIR: Final = "./wakefront-data"
 DEFAULT_LISTEN: Final = {80: ("127.0.0.1", 8080), 443: ("127.0.0.1", 8443)}
@@ -498,6 +500,8 @@ class _ConfigReader:
             exempt_sources=tuple(_networks(table, "exempt_sources")) if "exempt_sources" in table else None,
             max_memory_bytes=table.size_bytes("max_memory", bare_unit_bytes=1),
         )
+        if 0 < limits.max_memory_bytes < _LEAST_MEMORY_BYTES:
+            table.warn("max_memory", "a worker takes most of that at rest: it would refuse clients as overloaded")
         if limits.max_target_bytes > limits.max_head_bytes:
             table.error("max_target_bytes", f"is above max_head_bytes, {limits.max_head_bytes}")
         return limits

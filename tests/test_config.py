@@ -143,6 +143,13 @@ def test_every_limit_can_be_set(node: Node) -> None:
     assert "limits.exempt_sources" in node.errors('[limits]\nexempt_sources = ["192.0.2.0/33"]')
 
 
+def test_a_limit_of_memory_that_a_worker_meets_at_rest_is_a_warning(node: Node) -> None:
+    for little in ('"20mb"', "1000"):
+        assert "limits.max_memory" in node.warnings(f"[limits]\nmax_memory = {little}"), little
+    for enough in ('"64mb"', "0"):
+        assert "limits.max_memory" not in node.warnings(f"[limits]\nmax_memory = {enough}"), enough
+
+
 def test_ports_are_bound_where_listen_says(node: Node) -> None:
     config = node.good('[listen]\n443 = ["127.0.0.1:8443", "[::1]:8443"]\n8080 = "localhost:0"\nadmin = "127.0.0.1:0"')
     assert config.listen.public == (

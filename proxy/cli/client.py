@@ -61,7 +61,11 @@ def status(api: Api, as_json: bool) -> None:
 
 
 def _workers(workers: list[dict[str, Any]]) -> str:
-    linked = [f"{one['slot']} (pid {one['pid']}, {one['connections']} connections)" for one in workers if one["linked"]]
+    linked = [
+        f"{one['slot']} (pid {one['pid']}, {one['connections']} connections{', retiring' if one['retiring'] else ''})"
+        for one in workers
+        if one["linked"]
+    ]
     missing = [str(one["slot"]) for one in workers if not one["linked"]]
     text = f"workers {', '.join(linked)}" if linked else "no worker is linked"
     return text + (f"; not linked: {', '.join(missing)}" if linked and missing else "")

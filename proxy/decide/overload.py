@@ -46,6 +46,8 @@ class _Mark:
     end: float
 
 
+# For whoever reads the log: the setting that a measure is a share of.
+_WHOLE = {"connections": " of max_connections", "memory": " of max_memory", "lag_s": ""}
 MARKS = (
     _Mark(Stage.CROWDED, "connections", 0.90, 0.80),
     _Mark(Stage.CROWDED, "memory", 0.80, 0.75),
@@ -79,7 +81,8 @@ class Overload:
         elif max(due, held) < self.stage and now - self._since >= HOLD_S:
             self._change(max(due, held), now)
         if marks := [mark for mark in (begun or kept) if mark.stage == self.stage]:
-            self.why = f"{marks[0].measure} {measured[marks[0].measure]:.2f}"
+            measure = marks[0].measure
+            self.why = f"{measure} {measured[measure]:.2f}{_WHOLE[measure]}"
         return self.stage
 
     def _change(self, stage: Stage, now: float) -> None:

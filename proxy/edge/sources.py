@@ -70,10 +70,10 @@ class Sources:
         if self._exempt and self._exempt.contains(source):
             return True
         if count > self._most:
-            self._tell(source, f"{count - 1} connections are open, of {self._most}")
+            self._tell(source, f"{count - 1} connections are open, of {self._most} ([limits] source_connections)")
             return False
         if connects is not None and connects.take(source, monotonic()) is not None:
-            self._tell(source, f"it connects more than {self._settings[0]:g} times a second")
+            self._tell(source, f"it connects more than {self._settings[0]:g} times a second ([limits] source_connects)")
             return False
         return True
 

@@ -71,8 +71,9 @@ class ScriptedAdmin:
     async def _status(self, _: web.Request) -> web.Response:
         apps = [{**self._facts(name), "machines": machines} for name, machines in self.apps.items()]
         workers = [
-            {"id": 0, "slot": 0, "pid": 12, "linked": True, "connections": 3},
-            {"id": 1, "slot": 1, "pid": None, "linked": False, "connections": 0},
+            {"id": 0, "slot": 0, "pid": 12, "linked": True, "connections": 3, "retiring": False},
+            {"id": 1, "slot": 1, "pid": None, "linked": False, "connections": 0, "retiring": False},
+            {"id": 2, "slot": 2, "pid": 13, "linked": True, "connections": 1, "retiring": True},
         ]
         facts = {"name": "node-1", "region": "ams", "version": "0.1.0", "ready": True, "uptime_s": 7500.0}
         control = {"pid": 11, "incarnation": 1}

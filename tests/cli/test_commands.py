@@ -70,6 +70,7 @@ def test_status_as_json_is_the_node_s_own_answer(node: ScriptedAdmin, run: Run) 
         "up 2 h",
         "control pid 11",
         "0 (pid 12, 3 connections)",
+        "2 (pid 13, 1 connections, retiring)",
         "not linked: 1",
         "disk is full",
     ):

@@ -57,7 +57,7 @@ def test_it_comes_down_a_step_where_only_the_higher_measure_has_gone() -> None:
     assert overload.stage is Stage.SHED_CONNECTIONS
     for number in range(LAG_SAMPLES):
         overload.look(Pressure(0.95, 0, 0.0), 20.0 + number)
-    assert overload.stage is Stage.CROWDED and "connections 0.95" in overload.why
+    assert overload.stage is Stage.CROWDED and "connections 0.95 of max_connections" in overload.why
 
 
 def test_worse_comes_at_once() -> None:

@@ -99,6 +99,7 @@ def test_a_flood_of_refusals_is_one_line_in_ten_seconds(now: list[float], caplog
         for _ in range(500):
             one.enter(A)
         assert len(caplog.records) == 1 and A in caplog.text
+        assert "[limits] source_connections" in caplog.text, "what to change"
         now[0] += 10.0
         one.enter(A)
     assert "499 connections refused" in caplog.records[1].message
