@@ -96,13 +96,8 @@ def identity_fields(
 
 def request_head(head: RequestHead, identity: bytes, request_id: bytes, start_us: int, trace: bytes) -> bytes:
     """The head a machine gets: the client's own fields, then ours. `identity` comes from `identity_fields`."""
-    parts: list[bytes] = [head.method, b" ", head.target, b" HTTP/1.1\r\n"]
-    if head.listed_hops:
-        parts += _without(head.passed, head.listed_hops - {b"host"})
-    elif head.lines:
-        parts.append(head.lines)
-    else:
-        parts += head.passed
+    without = head.listed_hops - {b"host"} if head.listed_hops else head.listed_hops
+    parts: list[bytes] = [head.method, b" ", head.target, b" HTTP/1.1\r\n", *_kept(head, without)]
     add = parts.extend
     if head.length == CHUNKED:
         parts.append(b"transfer-encoding: chunked\r\n")
@@ -120,11 +115,14 @@ def request_head(head: RequestHead, identity: bytes, request_id: bytes, start_us
 _BODY_METHODS: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 
 
-def _without(passed: list[bytes], names: frozenset[bytes]) -> list[bytes]:
-    """The flat field list less the fields of some (lower-case) names."""
+def _kept(head: RequestHead | ResponseHead, without: frozenset[bytes]) -> list[bytes]:
+    """The fields that go on but those of some (lower-case) names, in pieces to be joined."""
+    if not without:
+        return [head.lines] if head.lines else head.passed
+    passed = head.passed
     kept: list[bytes] = []
     for at in range(0, len(passed), 4):
-        if passed[at].lower() not in names:
+        if passed[at].lower() not in without:
             kept += passed[at : at + 4]
     return kept
 
@@ -153,7 +151,6 @@ def response_head(
     """The head a client gets. `framing` and `send_connection` are header lines or empty; `server` is ours."""
     removed = rules.removed
     names = head.listed_hops | removed
-    passed: list[bytes] = _without(head.passed, names) if names else [head.lines] if head.lines else head.passed
     if rules.pristine:
         ours: tuple[bytes, ...] = ()
         if head.server is not None and b"server" not in names:
@@ -163,8 +160,8 @@ def response_head(
     else:
         ours = (b"server: ", server, b"\r\nvia: 1.1 wakefront\r\nfly-request-id: ", request_id, b"\r\n")
     return b"".join(
-        [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", *passed, *ours, rules.added, framing, send_connection,
-         b"\r\n"]
+        [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", *_kept(head, names), *ours, rules.added, framing,
+         send_connection, b"\r\n"]
     )  # fmt: skip
 
 
@@ -210,8 +207,8 @@ def trailer_block(trailers: Headers) -> bytes:
 
 def interim_head(head: ResponseHead) -> bytes:
     """A 1xx response, hop-by-hop fields removed."""
-    passed = _without(head.passed, head.listed_hops) if head.listed_hops else head.passed
-    return b"".join([b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", *passed, b"\r\n"])
+    kept = _kept(head, head.listed_hops)
+    return b"".join([b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", *kept, b"\r\n"])
 
 
 def switching_head(head: ResponseHead, rules: ResponseRules, request_id: bytes, server: bytes) -> bytes:

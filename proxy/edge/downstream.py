@@ -102,11 +102,12 @@ class Phase(enum.Enum):
 class _Queued:
     """A pipelined request whose turn has not come."""
 
-    __slots__ = ("body", "ended", "head", "trailers")
+    __slots__ = ("body", "ended", "head", "size", "trailers")
 
     def __init__(self, head: RequestHead) -> None:
         self.head = head
         self.body: list[bytes] = []
+        self.size = 0  # of the body so far
         self.ended = False
         self.trailers: Headers = []
 
@@ -115,9 +116,9 @@ class HttpConnection(asyncio.Protocol):
     """One client connection. Satisfies `exchange.Stream` and `wire.http1.RequestSink`."""
 
     __slots__ = (
-        "_answered", "_app_cells", "_broken", "_edge", "_entered", "_eof", "_exchange", "_gate", "_held_upgrade",
-        "_identities", "_lingered", "_listener", "_local_ip", "_long_read", "_out", "_owed", "_phase", "_queue",
-        "_queue_paused", "_reader", "_transport", "_tunnel", "_turn", "_unread", "_write_paused", "client_ip",
+        "_answered", "_app_cells", "_broken", "_edge", "_entered", "_eof", "_exchange", "_gate", "_held",
+        "_held_upgrade", "_identities", "_lingered", "_listener", "_local_ip", "_long_read", "_out", "_owed", "_phase",
+        "_queue", "_queue_paused", "_reader", "_transport", "_tunnel", "_turn", "_unread", "_write_paused", "client_ip",
         "deadline", "is_tls", "public_port", "sni_app", "wheel_tick",
     )  # fmt: skip
 
@@ -138,6 +139,7 @@ class HttpConnection(asyncio.Protocol):
         self._queue: deque[_Queued] | None = None
         self._queue_paused = False
         self._unread = b""  # of a read, behind the requests that wait; not without one
+        self._held = 0  # bytes of that, and of the bodies of requests that wait
         self._broken: ProxyError | None = None
         self._eof = False  # the client sends no more
         self._held_upgrade: bytearray | None = None
@@ -237,8 +239,7 @@ class HttpConnection(asyncio.Protocol):
             self._entered.leave(self.client_ip)
             self._entered = None
         exchange, self._exchange = self._exchange, None
-        self._queue = None
-        self._hold_unread(b"")
+        self._drop_waiting()
         self._out.clear()
         if exchange is not None:
             exchange.on_client_gone()
@@ -311,7 +312,10 @@ class HttpConnection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         if self._queue:
-            self._queue[-1].body.append(data)
+            queued = self._queue[-1]
+            queued.body.append(data)
+            queued.size += len(data)
+            self._hold(len(data))
         elif self._exchange is not None:
             self._exchange.on_body(data)
             self._owed -= len(data)
@@ -368,7 +372,7 @@ class HttpConnection(asyncio.Protocol):
             return  # it has had its last answer
         exchange, queue = self._exchange, self._queue
         if queue and not queue[-1].ended and queue[-1].head.length:
-            queue.pop()
+            self._hold(-queue.pop().size)
         elif exchange is not None and not exchange.body_done:
             self._broken = error
             exchange.on_request_broken(error)
@@ -536,20 +540,17 @@ class HttpConnection(asyncio.Protocol):
 
     def _close_after(self, exchange: Exchange | None) -> None:
         """Close at once if the client owes us nothing, else let it read our answer first."""
-        self._queue = None
-        self._hold_unread(b"")
-        whole = exchange is not None and exchange.body_done and self._broken is None
-        # answered while its head was being read, a request is whole too, if its client has announced nothing behind it
-        is_last = exchange is not None and exchange.head.length == 0 and not exchange.head.keep_alive
-        if self._eof or (whole and (is_last or self._reader.is_between_requests) and not self._held_upgrade):
+        self._drop_waiting()
+        if self._eof or (exchange is not None and self._is_whole(exchange)):
+            asked = self._eof or exchange is None or not exchange.head.keep_alive  # it sends no more
             transport = self._transport
             if isinstance(transport, TlsTransport) and sum(map(len, self._out)) <= JOIN_BYTES:
                 self._end_phase()
                 data = b"".join(self._out)
                 self._out.clear()
-                transport.write_last(data, awaits_peer=exchange is None or exchange.head.keep_alive)
+                transport.write_last(data, awaits_peer=not asked)
                 return
-            if self.is_tls or self._eof or exchange is None or not exchange.head.keep_alive:
+            if asked or self.is_tls:
                 self.flush()
                 self._close()
                 return
@@ -562,6 +563,16 @@ class HttpConnection(asyncio.Protocol):
         if self._transport.can_write_eof():
             self._transport.write_eof()
         self._edge.wheel.arm(self, LINGER_S)
+
+    def _is_whole(self, exchange: Exchange) -> bool:
+        """Whether the client owes nothing of this request, and has sent nothing behind it.
+
+        Answered while its head is being read, it is whole too if its client has announced that nothing follows.
+        """
+        if not exchange.body_done or self._broken is not None or self._held_upgrade:
+            return False
+        head = exchange.head
+        return self._reader.is_between_requests or (head.length == 0 and not head.keep_alive)
 
     def _linger(self, size: int) -> None:
         self._lingered += size
@@ -614,17 +625,34 @@ class HttpConnection(asyncio.Protocol):
             self._queue_paused = False
             self._gate.resume()
 
-    def _hold_unread(self, data: bytes) -> None:
-        """This is what waits unread, in place of what did; counted with the bodies that are held for machines."""
-        edge = self._edge
-        edge.held_bytes += len(data) - len(self._unread)
-        self._unread = data
-        if data and edge.held_bytes > HELD_MAX_BYTES:
-            self._hold_unread(b"")
+    def _hold(self, size: int) -> None:
+        """So many more bytes wait here, or fewer; they count with the bodies that are held for machines.
+
+        Raises ProxyError (TOO_MANY_WAITERS) where that is too much. They are counted then, too.
+        """
+        self._held += size
+        self._edge.held_bytes += size
+        if size > 0 and self._edge.held_bytes > HELD_MAX_BYTES:
             detail = "too much is held for requests that wait"
-            self._on_broken(ProxyError(Code.TOO_MANY_WAITERS, detail=detail, retry_after_s=1))
+            raise ProxyError(Code.TOO_MANY_WAITERS, detail=detail, retry_after_s=1)
+
+    def _hold_unread(self, data: bytes) -> None:
+        """This is what waits unread, in place of what did."""
+        before, self._unread = len(self._unread), data
+        try:
+            self._hold(len(data) - before)
+        except ProxyError as error:
+            self._hold_unread(b"")
+            self._on_broken(error)
+
+    def _drop_waiting(self) -> None:
+        """Nothing that waits here has its turn any more."""
+        self._queue = None
+        self._unread = b""
+        self._hold(-self._held)
 
     def _serve(self, queued: _Queued) -> None:
+        self._hold(-queued.size)
         if not self._queue and not self._unread:
             self._resume_queue()
         self._start(queued.head)
@@ -643,7 +671,7 @@ class HttpConnection(asyncio.Protocol):
         `hard` where an orderly end would look like the end of the answer: what is still unsent is given up.
         """
         self._exchange = None
-        self._hold_unread(b"")
+        self._drop_waiting()
         if self._phase is not Phase.CLOSED:
             self._phase = Phase.CLOSED
             self._edge.wheel.arm(self, CLOSE_S)

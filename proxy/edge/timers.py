@@ -2,7 +2,7 @@
 
 `arm` is what a request pays: one assignment, and only when the deadline comes nearer than the bucket the entry lies in
 is it moved. An entry whose bucket comes up early is put into the bucket of its deadline then. Time is counted from the
-latest tick, so a deadline is met up to one tick early or late.
+latest tick: a deadline is met late by up to one, or early by as much as the loop was behind when it was set.
 """
 
 from __future__ import annotations

@@ -416,7 +416,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._writing_paused = False
         self._inner_paused = False
         self._waits_for_writing = False
-        self._peer_ended = False  # close_notify came
+        self._peer_ended = False  # close_notify came, or nothing that matters does any more
         self._has_written = False  # the inner protocol, anything
         self._said_goodbye = False  # close_notify went
         self._closing = False
@@ -604,27 +604,15 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         """Write and close: the data and close_notify leave together.
 
         Without `awaits_peer`, for a peer that has sent all it will, the socket is closed behind them: what it still
-        sends is its own close_notify, and the reset that answers that finds our bytes read. Who bounds how long it may
-        take to read them is the caller then.
+        sends is its own close_notify, and the reset that answers that finds our bytes read.
         """
         self._corked = True
-        awaits_peer = awaits_peer or self._outer.get_write_buffer_size() > _RECORD  # a slow reader
         try:
             self.write(data)
         finally:
             self._corked = False
-            if awaits_peer or self._closing or self._unsent:
-                self.close()
-            else:
-                self._close_at_once()
-
-    def _close_at_once(self) -> None:
-        self._goodbye()
-        self._closing = self._must_stop = True
-        self._held = None
-        if self._outgoing.pending:
-            self._outer_write(self._outgoing.read())
-        self._outer.close()
+            self._peer_ended = self._peer_ended or not awaits_peer
+            self.close()
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         self.write(b"".join(list_of_data))
@@ -732,7 +720,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         if self._outer.is_closing():
             return
         if self._peer_ended:
-            # It has said that it sends no more, so nothing of it can be lost.
+            # It sends no more, so nothing of it can be lost.
             self._outer.close()
             self._watch_closing()
             return

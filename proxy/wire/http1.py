@@ -44,6 +44,8 @@ _NOT_SERVED: Final = frozenset(
 )  # fmt: skip
 
 Headers = list[tuple[bytes, bytes]]
+_NO_HOPS: Final[frozenset[bytes]] = frozenset()
+_NOTHING: Final[tuple[tuple[bytes, bytes], ...]] = ()
 
 
 class Limits:
@@ -57,106 +59,67 @@ class Limits:
         self.max_target_bytes = max_target_bytes
 
 
-class RequestHead:
-    """One request's head. `host` is the normalised authority without port; `length` a byte count or CHUNKED.
+class _Head:
+    """What heads of both directions have.
 
     `passed` holds the fields that go on, flat and ready to be joined: name, `: `, value, CRLF, name, ... `lines`, if it
     is not empty, is the same joined.
     """
 
-    __slots__ = (
-        "_passed",
-        "authority",
-        "expects_continue",
-        "host",
-        "keep_alive",
-        "length",
-        "lines",
-        "listed_hops",
-        "method",
-        "minor",
-        "noted",
-        "target",
-        "upgrade",
-    )
+    __slots__ = ("_passed", "keep_alive", "length", "lines", "listed_hops", "noted")
+
+    def __init__(self, passed: list[bytes] | None = None, lines: bytes = b"") -> None:
+        self._passed = passed
+        self.lines = lines
+        self.keep_alive = True
+        self.length = 0
+        self.listed_hops: frozenset[bytes] = _NO_HOPS  # names that the Connection field makes hop-by-hop, lower case
+        # fields that steer, as the rules name them: lower-case name and value; of a machine, also a content type
+        self.noted: Sequence[tuple[bytes, bytes]] = _NOTHING
+
+    @property
+    def passed(self) -> list[bytes]:
+        if self._passed is None:
+            self._passed = _flat(self.lines)
+        return self._passed
+
+    @passed.setter
+    def passed(self, passed: list[bytes]) -> None:
+        self._passed = passed
+        self.lines = b""
+
+    @property
+    def fields(self) -> Headers:
+        """The fields that go on, as pairs."""
+        return list(zip(self.passed[0::4], self.passed[2::4], strict=True))
+
+
+class RequestHead(_Head):
+    """One request's head. `host` is the normalised authority without port; `length` a byte count or CHUNKED."""
+
+    __slots__ = ("authority", "expects_continue", "host", "method", "minor", "target", "upgrade")
 
     method: bytes
     target: bytes  # origin-form or `*`; an absolute-form target was reduced to it
     minor: int  # 1 for HTTP/1.1, 0 for HTTP/1.0
-    lines: bytes
     authority: bytes  # the Host field as received
     host: str
-    length: int
-    keep_alive: bool
-    upgrade: bytes | None  # protocol asked for, when it is one that we pass on
-    expects_continue: bool  # until a 100 has come, or the body after all
-    listed_hops: frozenset[bytes]  # names that the Connection field declares hop-by-hop, lower case
-    noted: Sequence[tuple[bytes, bytes]]  # fields that steer, as the rules name them: lower-case name and value
 
     def __init__(self, passed: list[bytes] | None = None, lines: bytes = b"") -> None:
-        self._passed = passed
-        self.lines = lines
-
-    @property
-    def passed(self) -> list[bytes]:
-        if self._passed is None:
-            self._passed = _flat(self.lines)
-        return self._passed
-
-    @passed.setter
-    def passed(self, passed: list[bytes]) -> None:
-        self._passed = passed
-        self.lines = b""
-
-    @property
-    def fields(self) -> Headers:
-        """The fields that go on, as pairs."""
-        return _pairs(self.passed)
+        super().__init__(passed, lines)
+        self.upgrade: bytes | None = None  # protocol asked for, when it is one that we pass on
+        self.expects_continue = False  # until a 100 has come, or the body after all
 
 
-class ResponseHead:
-    """One response's head. `length` is a byte count, CHUNKED or UNTIL_CLOSE (also: none declared, for HEAD and 304).
+class ResponseHead(_Head):
+    """One response's head. `length` is a byte count, CHUNKED or UNTIL_CLOSE (also: none declared, for HEAD and 304)."""
 
-    `passed` and `lines` are as RequestHead's.
-    """
-
-    __slots__ = (
-        "_passed", "keep_alive", "length", "lines", "listed_hops", "noted", "reason", "server", "status", "upgrade",
-    )  # fmt: skip
+    __slots__ = ("reason", "server", "status", "upgrade")
 
     status: int
     reason: bytes
-    lines: bytes
     server: tuple[bytes, bytes] | None  # the Server field, kept apart since ours may replace it
     upgrade: bytes  # the protocol a 101 switches to
-    length: int
-    keep_alive: bool
-    listed_hops: frozenset[bytes]
-    noted: Sequence[tuple[bytes, bytes]]  # what the machine says to us, and a content type that does
-
-    def __init__(self, passed: list[bytes] | None = None, lines: bytes = b"") -> None:
-        self._passed = passed
-        self.lines = lines
-
-    @property
-    def passed(self) -> list[bytes]:
-        if self._passed is None:
-            self._passed = _flat(self.lines)
-        return self._passed
-
-    @passed.setter
-    def passed(self, passed: list[bytes]) -> None:
-        self._passed = passed
-        self.lines = b""
-
-    @property
-    def fields(self) -> Headers:
-        """The fields that go on, as pairs."""
-        return _pairs(self.passed)
-
-
-def _pairs(passed: list[bytes]) -> Headers:
-    return list(zip(passed[0::4], passed[2::4], strict=True))
 
 
 def _flat(lines: bytes) -> list[bytes]:
@@ -317,8 +280,6 @@ def _bad(detail: str) -> ProxyError:
 
 _USUAL_REASONS: Final = frozenset({b"OK", b"Not Found", b"No Content", b"Found", b"Created", b"Not Modified", b""})
 _is_text = re.compile(rb"[\t -~\x80-\xff]*").fullmatch  # RFC 9112 §4: reason-phrase
-_NO_HOPS: frozenset[bytes] = frozenset()
-_NOTHING: tuple[tuple[bytes, bytes], ...] = ()
 REPLAY_TYPE: Final = b"application/vnd.fly.replay+json"
 _USUAL_CONNECTION: Final = frozenset(
     {b"keep-alive", b"Keep-Alive", b"close", b"Close", b"upgrade", b"Upgrade", b"keep-alive, Upgrade"}
@@ -369,7 +330,6 @@ class RequestReader:
         "_head",
         "_head_bytes",
         "_in_head",
-        "_is_clean",
         "_kinds",
         "_known",
         "_last",
@@ -410,9 +370,8 @@ class RequestReader:
         self._gathered: list[bytes] | None = None  # body pieces of a long read, given on as one
         self.is_held = False  # the sink has enough for now
         self._last = False  # the body that went round the parser was that of the last request
-        self._known: _KnownRequest | None = None
+        self._known: _KnownRequest | None = None  # the latest head, while all since it has been met: nothing is parsed
         self._learnings = _LEARNINGS
-        self._is_clean = False  # the parser stands between two requests for certain, and so did the read end
         self._learnable: _KnownRequest | None = None  # the latest head of the read under way, if it may be learned
         self._trailers: Headers = []
         self._upgraded = False
@@ -461,11 +420,12 @@ class RequestReader:
         if self._last and self._in_head and data.strip(b"\r\n"):
             raise _bad("data after `Connection: close`")
         before, seen = None, 0
-        is_first = self._in_head and not self._head_bytes and not self._target  # nothing of a head has come before
-        if self._is_clean:
-            if self._known is not None and data.endswith(self._known.tail) and self._meets(self._known, data):
+        known = self._known
+        if known is not None:
+            if data.endswith(known.tail) and self._meets(known, data):
                 return b""
-            self._is_clean = False
+            self._known = None
+        is_first = self.is_between_requests
         while True:
             if self._in_head:
                 self._head_bytes += len(data)
@@ -520,7 +480,6 @@ class RequestReader:
         if data.startswith(head.line) and _ends_at(data, len(head.line)) == len(data):
             head.tail = data[len(head.line) :]
             self._known = head
-            self._is_clean = True
 
     def _meets(self, known: _KnownRequest, data: bytes) -> bool:
         """Whether this is a request with the fields that are known, which is then told as any other."""
@@ -534,10 +493,8 @@ class RequestReader:
         head.method = method
         head.target = target
         head.minor = 1
-        head.keep_alive = True
         head.authority = known.authority
         head.host = known.host
-        self._make_plain(head)
         self._learnings = _LEARNINGS
         self._head = head
         self._in_head = False
@@ -549,13 +506,6 @@ class RequestReader:
     def _offer(self, head: RequestHead) -> None:
         self._learnings -= 1
         self._learnable = _KnownRequest(head)
-
-    def _make_plain(self, head: RequestHead) -> None:
-        head.length = 0
-        head.listed_hops = _NO_HOPS
-        head.noted = _NOTHING
-        head.expects_continue = False
-        head.upgrade = None
 
     def _feed_slices(self, data: bytes) -> bytes:
         """A long read, a slice at a time: bounds are looked at between two, and the sink may say that it is enough."""
@@ -693,10 +643,8 @@ class RequestReader:
             raise _bad("a fragment in the request target")
         if self._special:
             self._take_special(head, minor)
-        else:
-            self._make_plain(head)
-            if self._learnings and keep_alive:
-                self._offer(head)
+        elif self._learnings and keep_alive:
+            self._offer(head)
         self._head = head
         self._in_head = False
         self._body_seen = 0
@@ -728,7 +676,6 @@ class RequestReader:
         head.listed_hops = self._connection
         head.noted = self._noted or _NOTHING
         head.expects_continue = self._expects
-        head.upgrade = None
         if self._upgrade is not None and self._parser.should_upgrade():
             if length:
                 raise _bad("an upgrade with a body")  # the parser would take the body for what follows
@@ -805,9 +752,6 @@ class _KnownResponse:
         head.server = self.server
         head.upgrade = self.upgrade
         head.length = self.length
-        head.keep_alive = True
-        head.listed_hops = _NO_HOPS
-        head.noted = _NOTHING
         return head
 
 
@@ -826,7 +770,6 @@ class ResponseReader:
         "_head_only",
         "_in_head",
         "_interims",
-        "_is_clean",
         "_kinds",
         "_known",
         "_learnable",
@@ -861,9 +804,8 @@ class ResponseReader:
         self._body_seen = 0
         self._dry = 0
         self._ended = False  # a final answer was whole within the read under way
-        self._known: _KnownResponse | None = None
+        self._known: _KnownResponse | None = None  # as the other reader's
         self._learnings = _LEARNINGS
-        self._is_clean = False  # the parser stands between two answers for certain
         self._has_begun = False  # the parser has had some byte of an answer, or of a 1xx, and not its end
         self._learnable: _KnownResponse | None = None  # the latest head of the read under way, if it may be learned
         self._trailers: Headers = []
@@ -913,11 +855,11 @@ class ResponseReader:
             self.sink.on_response_body(data)
             self.on_message_complete()
             return
-        if self._is_clean:
-            known = self._known
-            if known is not None and not self._head_only and data.startswith(known.data) and self._meets(known, data):
+        known = self._known
+        if known is not None:
+            if not self._head_only and data.startswith(known.data) and self._meets(known, data):
                 return
-            self._is_clean = False
+            self._known = None
         seen = self._body_seen
         is_first = not self._has_begun
         if self._in_head:
@@ -967,7 +909,6 @@ class ResponseReader:
         if data.startswith(line) and 0 < end <= _KNOWN_MAX and len(data) - end <= head.length:
             head.data = data[:end]
             self._known = head
-            self._is_clean = True
 
     def _meets(self, known: _KnownResponse, data: bytes) -> bool:
         """Whether this is an answer with the head that is known, which is then told as any other."""

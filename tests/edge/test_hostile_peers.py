@@ -13,10 +13,22 @@ from proxy.edge.exchange import HELD_MAX_BYTES
 from proxy.ipc import Wake
 from proxy.model import AppLimits, AppName, MachineId, MachineState
 from proxy.state import A_LATENCY, A_LATENCY_SUM_US
-from tests.support.edge import EdgeHarness, answers, read_head
+from tests.support.edge import EdgeHarness, Handler, answers, read_head
 
 GET = b"GET / HTTP/1.1\r\nHost: hello.apps.test\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def waits_for(go: asyncio.Event) -> Handler:
+    """An origin that answers once it may."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await read_head(reader)
+            await go.wait()
+            writer.write(OK)
+
+    return handle
 
 
 def held(edge: EdgeHarness) -> int:
@@ -260,13 +272,7 @@ async def test_what_all_connections_hold_unread_has_a_bound_in_sum(
 ) -> None:
     go = asyncio.Event()
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await read_head(reader)
-            await go.wait()
-            writer.write(OK)
-
-    origin = await edge.origin(handle)
+    origin = await edge.origin(waits_for(go))
     edge.set_app(edge.app(edge.machine(origin.port)))
     monkeypatch.setattr(edge.edge, "held_bytes", HELD_MAX_BYTES - 1000)
     reader, writer = await edge.connect()
@@ -279,16 +285,47 @@ async def test_what_all_connections_hold_unread_has_a_bound_in_sum(
     assert 17 <= answer.count(b"HTTP/1.1 200 OK") < 100 and answer.count(b"HTTP/1.1 503 ") == 1
 
 
+async def test_bodies_of_requests_that_wait_are_counted_until_nobody_waits(edge: EdgeHarness) -> None:
+    go = asyncio.Event()
+    origin = await edge.origin(waits_for(go))
+    edge.set_app(edge.app(edge.machine(origin.port)))
+    _, writer = await edge.connect()
+    writer.write(GET + b"POST / HTTP/1.1\r\nHost: hello.apps.test\r\nContent-Length: 9000\r\n\r\n" + b"b" * 8000)
+    async with asyncio.timeout(5):
+        while edge.edge.held_bytes < 8000:
+            await asyncio.sleep(0)
+    assert edge.edge.held_bytes == 8000
+    writer.transport.abort()
+    go.set()  # while it waits nothing is read of it, and so its end not seen
+    await asyncio.wait_for(edge.gate.wait_empty(), 5)
+    assert edge.edge.held_bytes == 0
+
+
+@pytest.mark.parametrize("tail", [b"", GET])
+async def test_a_body_that_is_too_much_to_hold_is_refused_in_its_turn(
+    edge: EdgeHarness, monkeypatch: pytest.MonkeyPatch, tail: bytes
+) -> None:
+    go = asyncio.Event()
+    origin = await edge.origin(waits_for(go))
+    edge.set_app(edge.app(edge.machine(origin.port)))
+    monkeypatch.setattr(edge.edge, "held_bytes", HELD_MAX_BYTES - 1000)
+    reader, writer = await edge.connect()
+    post = b"POST / HTTP/1.1\r\nHost: hello.apps.test\r\nContent-Length: 3000\r\n\r\n" + b"b" * 3000
+    writer.write(GET + GET + post + tail)
+    async with asyncio.timeout(5):
+        while not origin.received:
+            await asyncio.sleep(0)
+    assert edge.edge.held_bytes == HELD_MAX_BYTES - 1000
+    go.set()
+    answer = await asyncio.wait_for(reader.read(), 10)
+    assert [int(one[:3]) for one in answer.split(b"HTTP/1.1 ")[1:]] == [200, 200, 503]
+    assert edge.edge.held_bytes == HELD_MAX_BYTES - 1000
+
+
 async def test_pipelined_requests_received_whole_are_answered_while_draining(edge: EdgeHarness) -> None:
     go = asyncio.Event()
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await read_head(reader)
-            await go.wait()
-            writer.write(OK)
-
-    origin = await edge.origin(handle)
+    origin = await edge.origin(waits_for(go))
     edge.set_app(edge.app(edge.machine(origin.port)))
     reader, writer = await edge.connect()
     writer.write(GET * 3)
