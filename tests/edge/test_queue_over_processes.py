@@ -7,6 +7,7 @@ import os
 import random
 import select
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -124,6 +125,9 @@ def fork() -> Iterator[Callable[[Callable[[], None]], int]]:
             try:
                 job()
                 code = 0
+            except BaseException:
+                traceback.print_exc()
+                raise
             finally:
                 os._exit(code)
         alive[pid] = os.pidfd_open(pid)
