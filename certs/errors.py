@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 
 class CertificateError(ValueError):
     """Base of all."""
@@ -21,3 +23,48 @@ class IssuanceFailedError(CertificateError):
 
 class PackInUseError(CertificateError):
     """Another process writes this certificate file."""
+
+
+class ConflictError(CertificateError):
+    """Another has changed the record meanwhile: read it again."""
+
+
+class Failure(enum.StrEnum):
+    """Why an order came to nothing, as far as it decides what to do next (renewal.py)."""
+
+    NETWORK = "network"  # the CA cannot be reached, or does not answer in time
+    SERVER = "server"  # it answers with a fault of its own, or with what cannot be read
+    RATE_LIMITED = "rate_limited"  # by the CA, or by our own budget that is kept below the CA's
+    VALIDATION = "validation"  # it looked at the name and did not find what it asked for
+    REFUSED = "refused"  # it does not issue for this name, or not to us: only a person can change that
+    ACCOUNT = "account"  # the account is unknown, or may not order
+    STUCK = "stuck"  # the order does not get on
+    WRONG_CERTIFICATE = "wrong_certificate"  # what it gave does not fit what was asked for
+    DNS_HOOK = "dns_hook"  # the TXT record of a DNS-01 challenge could not be set
+    NOT_POINTED = "not_pointed"  # DNS does not lead here yet: nothing was asked of the CA
+    STORAGE = "storage"  # it could not be kept
+
+
+class AcmeError(CertificateError):
+    """The CA, or the way to it, failed.
+
+    `problem` is the CA's own type without its prefix (RFC 8555 §6.7), "" if there is none; `retry_after_s` is what the
+    CA asks to wait, 0 if it says nothing; `status` is that of its answer, 0 if there was none; `challenge` the type of
+    the challenge that failed, if one did.
+    """
+
+    def __init__(
+        self, failure: Failure, detail: str, *, problem: str = "", retry_after_s: float = 0.0, status: int = 0,
+        challenge: str = "",
+    ) -> None:  # fmt: skip
+        super().__init__(detail)
+        self.failure = failure
+        self.detail = detail
+        self.problem = problem
+        self.retry_after_s = retry_after_s
+        self.status = status
+        self.challenge = challenge
+
+
+class OrderHeldError(CertificateError):
+    """Another node has the order for this name under way."""

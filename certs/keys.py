@@ -1,16 +1,24 @@
-"""Private keys: ECDSA on P-256, half the price of RSA-2048 in a handshake and accepted by every current client."""
+"""Private keys: ECDSA on P-256, half the price of RSA-2048 in a handshake and accepted by every current client.
+
+RSA is for clients that are not current, beside the other.
+"""
 
 from __future__ import annotations
 
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def new_rsa_key() -> rsa.RSAPrivateKey:
+    """Takes 50 to 300 ms: call it in a thread."""
+    return rsa.generate_private_key(65_537, 2048)
+
+
+def key_to_pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

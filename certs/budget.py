@@ -1,0 +1,137 @@
+"""What may be asked of a CA, kept below its own limits, so that no name is shut out because of others.
+
+Counts lie in a store, one record an event, and are read back at the start. Pure beside that: `now` is unix seconds.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from bisect import bisect_right, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from certs.errors import AcmeError, CertificateError, Failure
+from certs.names import registered_domain
+from certs.store import Store
+
+_HOUR_S = 3600
+_WEEK_S = 7 * 24 * _HOUR_S
+
+
+class Event(enum.StrEnum):
+    ORDER = "order"  # counted by account
+    CERTIFICATE = "certificate"  # by registered domain
+    DUPLICATE = "duplicate"  # by the very set of names
+    FAILED_VALIDATION = "failed"  # by name
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most `events` in `window_s`."""
+
+    events: int
+    window_s: int
+
+
+# Let's Encrypt's, "Rate Limits" in its documentation: 300 orders in 3 hours, 50 certificates a registered domain and 5
+# a set of names in a week, 5 failed validations an hour. Ours are a fifth and more below.
+LETS_ENCRYPT = {
+    Event.ORDER: Limit(240, 3 * _HOUR_S),
+    Event.CERTIFICATE: Limit(40, _WEEK_S),
+    Event.DUPLICATE: Limit(4, _WEEK_S),
+    Event.FAILED_VALIDATION: Limit(3, _HOUR_S),
+}
+# Of a CA whose limits we do not know: those that keep us from doing foolish things over and over.
+OTHERS = {
+    Event.DUPLICATE: Limit(20, _WEEK_S),
+    Event.FAILED_VALIDATION: Limit(10, _HOUR_S),
+}
+_LONGEST_S = _WEEK_S
+ON_DEMAND_SHARE = 0.5  # of the orders: names that strangers ask for leave the other half to those that were added
+
+
+def limits_of(directory_url: str) -> dict[Event, Limit]:
+    host = urlsplit(directory_url).hostname or ""
+    return LETS_ENCRYPT if host == "letsencrypt.org" or host.endswith(".letsencrypt.org") else OTHERS
+
+
+class Budget:
+    """Counts what was asked of one CA. `load` it; its methods block for a write each, so call them in a thread."""
+
+    def __init__(self, store: Store, now: Callable[[], float], limits: dict[Event, Limit]) -> None:
+        self._store = store
+        self._now = now
+        self._limits = limits
+        self._spent: dict[tuple[Event, str], list[float]] = {}
+        self._number = 0
+
+    def load(self) -> None:
+        """Read what was counted; what no window reaches any more is deleted."""
+        oldest = self._now() - _LONGEST_S
+        stale: list[str] = []
+
+        def broken(key: str, error: CertificateError) -> None:
+            stale.append(key)
+
+        for key, entry in self._store.items("spent", broken):
+            kind, _, subject = entry.value.decode().partition(" ")
+            at = float(key.split("/")[1].split("-")[0]) / 1000
+            if at < oldest or kind not in set(Event):
+                stale.append(key)
+            else:
+                insort(self._spent.setdefault((Event(kind), subject), []), at)
+        for key in stale:
+            self._store.delete(key)
+
+    def spend(self, event: Event, subject: str) -> None:
+        """Count it. Raises OSError where that cannot be kept."""
+        now = self._now()
+        if event not in self._limits:
+            return
+        self._number += 1
+        self._store.put(f"spent/{int(now * 1000):014d}-{self._number:06d}", f"{event} {subject}".encode())
+        insort(self._spent.setdefault((event, subject), []), now)
+
+    def free_at(self, event: Event, subject: str, share: float = 1.0) -> float:
+        """When one more is within the limit: `now` or earlier if it is at once."""
+        limit = self._limits.get(event)
+        spent = self._spent.get((event, subject))
+        if limit is None or not spent:
+            return 0.0
+        allowed = max(1, int(limit.events * share))
+        begin = bisect_right(spent, self._now() - limit.window_s)
+        del spent[:begin]
+        return spent[-allowed] + limit.window_s if len(spent) >= allowed else 0.0
+
+    def check(self, names: Sequence[str], *, is_renewal: bool, is_on_demand: bool) -> None:
+        """Raise AcmeError(RATE_LIMITED), with the time to wait, if an order for these names is beyond a limit.
+
+        A renewal that names what it replaces is exempt from all but failures (RFC 9773 §5, Let's Encrypt's docs).
+        """
+        share = ON_DEMAND_SHARE if is_on_demand else 1.0
+        checks = [(Event.FAILED_VALIDATION, name, 1.0, f"failed validations of {name}") for name in names]
+        if not is_renewal:
+            checks.append((Event.ORDER, "", share, "orders"))
+            checks.append((Event.DUPLICATE, set_of(names), 1.0, f"certificates for {', '.join(names)}"))
+            checks += [
+                (Event.CERTIFICATE, domain, share, f"certificates below {domain}")
+                for domain in {registered_domain(name) for name in names}
+            ]
+        now = self._now()
+        for event, subject, part, what in checks:
+            at = self.free_at(event, subject, part)
+            if at > now:
+                limit = self._limits[event]
+                raise AcmeError(
+                    Failure.RATE_LIMITED,
+                    f"our own limit, kept below the CA's, is reached: {max(1, int(limit.events * part))} {what} "
+                    f"in {limit.window_s // _HOUR_S} h",
+                    retry_after_s=at - now,
+                )
+
+
+def set_of(names: Sequence[str]) -> str:
+    """A short name for a set of names."""
+    return hashlib.sha256(" ".join(sorted(names)).encode()).hexdigest()[:32]
