@@ -562,7 +562,8 @@ class AcmeClient:
                     if len(content) > _MAX_BYTES:
                         raise AcmeError(Failure.SERVER, f"the answer of {url} is over {_MAX_BYTES} bytes")
                 self._note_date(response.headers.get("Date"))
-                next_url = str(response.links.get("next", {}).get("url", ""))
+                following = response.links.get("next")
+                next_url = str(following.get("url", "")) if following is not None else ""
                 return _Answer(response.status, response.headers, bytes(content), url, next_url)
 
     @contextlib.asynccontextmanager
