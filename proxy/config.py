@@ -17,6 +17,7 @@ import zoneinfo
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import idna
 import tomli
@@ -81,8 +82,50 @@ class ListenSection:
 
 
 @dataclass(frozen=True, slots=True)
+class DnsHookSection:
+    """How the TXT record of a DNS-01 challenge is set."""
+
+    hook: str  # exec | rfc2136
+    command: tuple[str, ...] = ()  # of exec: argv, to which present|cleanup, name and value are added
+    server: str = ""  # of rfc2136: "IP:PORT"
+    zone: str = ""  # "": found by its SOA
+    key_name: str = ""  # TSIG
+    key_secret: str = field(default="", repr=False)  # base64
+    key_algorithm: str = "hmac-sha256"
+    ttl: int = 60
+    timeout_s: float = 60.0  # of one call or update
+    propagation_timeout_s: float = 120.0  # until every name server shows the record
+
+
+@dataclass(frozen=True, slots=True)
 class CertsSection:
-    issuer: str = "internal"
+    issuer: str = "internal"  # internal | acme
+    acme_directory: str = "https://acme-v02.api.letsencrypt.org/directory"
+    acme_email: str = ""
+    acme_ca_file: str | None = None  # absolute; None = the system's roots
+    acme_eab_kid: str = ""
+    acme_eab_hmac_key: str = field(default="", repr=False)
+    acme_profile: str = ""
+    key_types: tuple[str, ...] = ("ecdsa",)  # and rsa
+    challenges: tuple[str, ...] = ("tls-alpn-01", "http-01")  # the ones to try first in front
+    addresses: tuple[str, ...] = ()  # where clients reach this node; () = not known
+    cname_target: str = ""  # what CNAMEs of custom domains point to; "" = <app>.<domain>
+    dns_servers: tuple[str, ...] = ()  # "IP:PORT"; () = the authoritative ones, found from the root's
+    dns_delegation: str = ""  # zone that _acme-challenge CNAMEs of customers point into
+    check_dns: bool = True  # look at DNS before the CA is asked
+    dns: DnsHookSection | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OnDemandSection:
+    """Certificates for names that nobody has added, when a client asks for one (off without this)."""
+
+    ask: str = ""  # URL; GET with ?domain=NAME, 2xx permits
+    ask_timeout_s: float = 0.8
+    allow: tuple[str, ...] = ()  # names, or *.suffix for any depth below it
+    domain_burst: int = 10  # new names of one registered domain at once
+    domain_hour: float = 10.0  # and an hour
+    negative_ttl_s: float = 60.0  # a name that was refused is not asked for again so soon
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +214,7 @@ class AppConfig:
     organization: str = "personal"
     replay_sources: tuple[str, ...] = ()
     keep_bodies: bool = False
+    on_demand: OnDemandSection | None = None
     machines: tuple[StaticMachine, ...] = ()
     keys: tuple[KeyUse, ...] = ()  # of its fly.toml
 
@@ -335,7 +379,10 @@ class Source:
         for fault in faults:
             line = fault.line or line_of(lines, fault.path)
             shown = _printable(rows[line - 1]) if line and line <= len(rows) else None
-            if "env" in fault.path:  # what stands there may be a secret: it is not repeated
+            if "env" in fault.path or fault.path[-1:] in (
+                ("acme_eab_hmac_key",),
+                ("key_secret",),
+            ):  # what stands there may be a secret: it is not repeated
                 fault, shown = dataclasses.replace(fault, value=""), None
             expectation = _printable(fault.expectation)
             placed.append(
@@ -458,16 +505,97 @@ class _ConfigReader:
         return host, port
 
     def _certs(self) -> CertsSection:
-        table = self._section("certs", "issuer", "acme_directory", "acme_email", "acme_ca_file")
-        for key in table.values:
-            if key.startswith("acme_"):
-                self.keys.append(KeyUse(("certs", key), KeyClass.KEPT, "ACME is not in this version yet"))
-        issuer = table.text("issuer")
-        if issuer == "acme":
-            table.error("issuer", 'expected "internal": certificates from ACME are not in this version yet')
-        elif issuer is not None and issuer != "internal":
-            table.error("issuer", 'expected "internal"', suggest(issuer, ("internal", "acme")))
-        return CertsSection()
+        table = self._section("certs", *_fields(CertsSection))
+        directory = table.text("acme_directory")
+        if directory is not None and not is_url(directory, ("https",)):
+            table.error("acme_directory", "expected an https:// URL")
+        email = _matching(table, "acme_email", r"[^@\s,<>]+@[^@\s,<>]+\.[^@\s,<>.]+", "a mail address, or no such key")
+        ca_file = table.text("acme_ca_file")
+        if ca_file is not None and not os.path.isfile(ca_file := self.resolve(ca_file)):
+            table.error("acme_ca_file", f"expected a file of roots in PEM: there is no {ca_file}")
+        kid, hmac_key = table.text("acme_eab_kid"), table.text("acme_eab_hmac_key")
+        if bool(kid) is not bool(hmac_key):
+            table.error(
+                "acme_eab_kid" if kid else "acme_eab_hmac_key", "acme_eab_kid and acme_eab_hmac_key go together"
+            )
+        key_types = _choices(table, "key_types", ("ecdsa", "rsa"))
+        if key_types is not None and "ecdsa" not in key_types:
+            table.error("key_types", 'expected "ecdsa", and "rsa" beside it if at all')
+        for one in (addresses := table.texts("addresses")):
+            try:
+                ipaddress.ip_address(one)
+            except ValueError:
+                table.reader.error(table.at("addresses"), one, "expected IP addresses")
+        for one in (dns_servers := table.texts("dns_servers")):
+            if parse_address(one, low_port=1) is None:
+                table.reader.error(table.at("dns_servers"), one, 'expected name servers "IP:PORT"')
+        certs = _build(
+            CertsSection,
+            issuer=table.text("issuer", choices=("internal", "acme")),
+            acme_directory=directory,
+            acme_email=email,
+            acme_ca_file=ca_file,
+            acme_eab_kid=kid,
+            acme_eab_hmac_key=hmac_key,
+            acme_profile=_matching(table, "acme_profile", r"[A-Za-z0-9._-]{1,64}", "the name of a profile of the CA"),
+            key_types=key_types,
+            challenges=_choices(table, "challenges", ("tls-alpn-01", "http-01", "dns-01")),
+            addresses=addresses if "addresses" in table else None,
+            cname_target=_hostname_of(table, "cname_target"),
+            dns_servers=dns_servers if "dns_servers" in table else None,
+            dns_delegation=_hostname_of(table, "dns_delegation"),
+            check_dns=table.flag("check_dns", True),
+            dns=self._dns_hook(table.table("dns")),
+        )
+        self._warn_of_certs(table, certs)
+        return certs
+
+    def _dns_hook(self, table: Table | None) -> DnsHookSection | None:
+        if table is None:
+            return None
+        only_known(table, _fields(DnsHookSection))
+        hook = table.text("hook", choices=("exec", "rfc2136"))
+        command = read_command(table, "command")
+        server = table.text("server")
+        if "hook" not in table:
+            table.error("hook", 'expected "exec" or "rfc2136"')
+        if hook == "exec" and not command:
+            table.error("command", "expected the command that sets and removes TXT records")
+        if hook == "rfc2136" and (server is None or parse_address(server, low_port=1) is None):
+            table.error("server", 'expected the name server that takes updates, "IP:PORT"')
+        secret = table.text("key_secret")
+        if bool(table.text("key_name")) is not bool(secret):
+            table.error("key_secret", "key_name and key_secret go together")
+        algorithms = ("hmac-sha256", "hmac-sha384", "hmac-sha512", "hmac-sha224", "hmac-sha1", "hmac-md5")
+        if hook is None:
+            return None
+        return _build(
+            DnsHookSection,
+            hook=hook,
+            command=command,
+            server=server,
+            zone=_hostname_of(table, "zone"),
+            key_name=table.text("key_name"),
+            key_secret=secret,
+            key_algorithm=table.text("key_algorithm", choices=algorithms),
+            ttl=table.integer("ttl", 1, 86_400),
+            timeout_s=_positive_s(table, "timeout"),
+            propagation_timeout_s=table.duration_s("propagation_timeout", bare_unit_s=1.0),
+        )
+
+    def _warn_of_certs(self, table: Table, certs: CertsSection) -> None:
+        """Warn of keys that do nothing together with the rest of what is configured."""
+        if certs.issuer != "acme":
+            for key in ("acme_email", "acme_eab_kid", "acme_profile", "key_types", "challenges", "dns"):
+                if key in table and getattr(certs, key) != getattr(CertsSection(), key):
+                    table.warn(key, 'has no effect without issuer = "acme"')
+        elif not certs.acme_email:
+            expected = "without it the CA cannot tell anybody when something is wrong with a certificate"
+            self.reader.warn(("certs", "acme_email"), MISSING, expected)
+        if "dns-01" in certs.challenges and certs.dns is None:
+            table.error("challenges", "dns-01 needs [certs.dns]: how TXT records are set")
+        if certs.dns_delegation and certs.dns is None:
+            table.error("dns_delegation", "needs [certs.dns]: how TXT records in that zone are set")
 
     def _log(self, node: NodeSection) -> LogSection:
         table = self._section("log", "access", "format")
@@ -614,6 +742,36 @@ class _AppReader:
             organization=_matching(table, "organization", _ORGANIZATION, _ORGANIZATION_EXPECTED),
             replay_sources=self._replay_sources(),
             keep_bodies=table.flag("keep_bodies"),
+            on_demand=self._on_demand(),
+        )
+
+    def _on_demand(self) -> OnDemandSection | None:
+        table = self.table.table("on_demand")
+        if table is None:
+            return None
+        only_known(table, ("ask", "ask_timeout", "allow", "domain_burst", "domain_hour", "negative_ttl"))
+        ask = table.text("ask")
+        if ask is not None and not is_url(ask, ("http", "https")):
+            table.error("ask", "expected an http:// or https:// URL")
+        if ask is None and not table.texts("allow"):
+            table.error(
+                "ask", "expected `ask`, a URL, or `allow`, names: without either anybody could have certificates made"
+            )
+        allow = []
+        for one in table.texts("allow"):
+            star = "*." if one.startswith("*.") else ""
+            if (name := to_hostname(table, "allow", one.removeprefix("*."))) is not None:
+                if star and "." not in name:
+                    table.reader.error(table.at("allow"), one, "would permit every name below a top-level domain")
+                allow.append(star + name)
+        return _build(
+            OnDemandSection,
+            ask=ask,
+            ask_timeout_s=_positive_s(table, "ask_timeout"),
+            allow=tuple(allow),
+            domain_burst=table.integer("domain_burst", 1, 100_000),
+            domain_hour=table.number("domain_hour", 0, 1e6),
+            negative_ttl_s=_positive_s(table, "negative_ttl"),
         )
 
     def _judge_alone(self) -> None:
@@ -673,7 +831,7 @@ class _AppReader:
 
     def _hostnames(self, name: AppName) -> tuple[str, ...]:
         own = f"{name}.{self.node.domain}"
-        given = (to_hostname(self.table, "hostnames", one) for one in self.table.texts("hostnames"))
+        given = (to_hostname(self.table, "hostnames", one, wildcards=True) for one in self.table.texts("hostnames"))
         return tuple(dict.fromkeys((own, *(one for one in given if one is not None))))
 
     # --- what its machines are
@@ -993,7 +1151,7 @@ _APP_KEYS: Final = (
     "idle_timeout", "hostnames", "env", "connect_timeout", "first_byte_timeout", "stream_idle_timeout", "max_waiters",
     "machines", "balance", "queue_timeout", "max_queued", "organization", "replay_sources", "keep_bodies",
     "replay_memory", "replay_spool", "sticky", "access", "wake_rules", "restart_on_failing_checks", "autostop_interval",
-    "autostop_at_once", "busy", "warm_hours",
+    "autostop_at_once", "busy", "warm_hours", "on_demand",
 )  # fmt: skip
 _ACCESS_KEYS: Final = (
     "allow", "deny", "allow_from_file", "requests_per_second", "requests_burst", "connections",
@@ -1031,16 +1189,16 @@ def parse_address(text: str, *, low_port: int) -> tuple[str, int] | None:
     return (str(address), int(port)) if is_bracketed == (address.version == 6) else None
 
 
-def to_hostname(table: Table, key: str, text: str) -> str | None:
+def to_hostname(table: Table, key: str, text: str, *, wildcards: bool = False) -> str | None:
     """A host name in lower case A-labels (IDNA 2008, UTS 46); a fault and None if it is not one."""
     name = text.strip().rstrip(".").lower()
-    if name.startswith("*."):
-        table.reader.error(table.at(key), text, "wildcard names are not in this version yet")
-        return None
+    star = "*." if name.startswith("*.") and wildcards else ""
     try:
         if re.fullmatch(r"[0-9.]+|.*:.*", name):
             raise ValueError("an address is not a name")
-        return idna.encode(name, uts46=True).decode("ascii").lower()
+        if star and "." not in name.removeprefix(star):
+            raise ValueError("that would be every name below a top-level domain")
+        return star + idna.encode(name.removeprefix(star), uts46=True).decode("ascii").lower()
     except (idna.IDNAError, ValueError) as error:
         table.reader.error(table.at(key), text, f"expected a host name ({str(error)[:80].rstrip('.')})")
         return None
@@ -1079,6 +1237,38 @@ def _matching(table: Table, key: str, pattern: str, expected: str) -> str | None
         table.error(key, f"expected {expected}")
         return None
     return text
+
+
+def _hostname_of(table: Table, key: str) -> str | None:
+    text = table.text(key)
+    return to_hostname(table, key, text) if text is not None else None
+
+
+def _choices(table: Table, key: str, known: Sequence[str]) -> tuple[str, ...] | None:
+    """An array whose members are among `known`; None where there is none."""
+    if key not in table:
+        return None
+    for one in (found := table.texts(key)):
+        if one not in known:
+            table.reader.error(table.at(key), one, f"expected {', '.join(known)}", suggest(one, known))
+    if not found:
+        table.error(key, f"expected one at least of {', '.join(known)}")
+    return tuple(dict.fromkeys(found))
+
+
+def is_url(text: str, schemes: Sequence[str]) -> bool:
+    """Whether it is an absolute URL that can be asked."""
+    try:
+        parts = urlsplit(text)
+        return (
+            parts.scheme in schemes
+            and bool(parts.hostname)
+            and parts.port != 0
+            and text.isprintable()
+            and " " not in text
+        )
+    except ValueError:
+        return False
 
 
 def _networks(table: Table, key: str) -> list[str]:

@@ -180,17 +180,58 @@ def test_an_admin_api_that_others_reach_is_a_warning(node: Node) -> None:
     assert "listen.admin" in node.warnings('[listen]\nadmin = "0.0.0.0:8081"')
 
 
-def test_acme_is_refused_as_not_there_yet(node: Node) -> None:
-    assert "not in this version" in node.errors('[certs]\nissuer = "acme"')["certs.issuer"]
+def test_acme_needs_no_more_than_the_word(node: Node) -> None:
+    certs = node.good('[certs]\nissuer = "acme"\nacme_email = "ops@example.com"').certs
+    assert (certs.issuer, certs.acme_directory) == ("acme", "https://acme-v02.api.letsencrypt.org/directory")
+    assert (certs.key_types, certs.challenges, certs.dns) == (("ecdsa",), ("tls-alpn-01", "http-01"), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('issuer = "letsencrypt"', "issuer"),
+        ('acme_directory = "http://ca.example/dir"', "acme_directory"),
+        ('acme_email = "nobody"', "acme_email"),
+        ('acme_ca_file = "none.pem"', "acme_ca_file"),
+        ('acme_eab_kid = "kid"', "acme_eab_kid"),
+        ('key_types = ["rsa"]', "key_types"),
+        ('challenges = ["http-02"]', "challenges"),
+        ('challenges = ["dns-01"]', "challenges"),
+        ('addresses = ["edge.example.net"]', "addresses"),
+        ('dns_servers = ["192.0.2.1"]', "dns_servers"),
+        ('dns_delegation = "acme.example.net"', "dns_delegation"),
+        ('[certs.dns]\nhook = "exec"', "dns.command"),
+        ('[certs.dns]\nhook = "rfc2136"', "dns.server"),
+        ('[certs.dns]\ncommand = "set-txt"', "dns.hook"),
+        ('[certs.dns]\nhook = "rfc2136"\nserver = "192.0.2.1:53"\nkey_name = "k"', "dns.key_secret"),
+    ],
+)
+def test_what_certs_cannot_be_is_refused_with_its_key(node: Node, text: str, key: str) -> None:
+    assert node.errors(f"[certs]\n{text}\n").keys() == {f"certs.{key}"}
+
+
+def test_secrets_of_certs_are_not_repeated_in_faults(node: Node) -> None:
+    (fault,) = node.load('[certs]\nacme_eab_hmac_key = "s3cret"').errors
+    assert fault.path == ("certs", "acme_eab_hmac_key")
+    assert "s3cret" not in str(fault) and "s3cret" not in repr(node.load('[certs]\nacme_eab_hmac_key = "s3cret"').draft)
+
+
+def test_on_demand_needs_somebody_who_permits(node: Node) -> None:
+    assert node.errors(STATIC + "[apps.on_demand]\n").keys() == {"apps[0].on_demand.ask"}
+    assert node.errors(STATIC + '[apps.on_demand]\nask = "localhost:9000"').keys() == {"apps[0].on_demand.ask"}
+    assert node.errors(STATIC + '[apps.on_demand]\nallow = ["*.com"]').keys() == {"apps[0].on_demand.allow"}
+    (app,) = node.good(STATIC + '[apps.on_demand]\nallow = ["*.Kunden.example"]\nask_timeout = "500ms"').apps
+    assert app.on_demand is not None
+    assert (app.on_demand.allow, app.on_demand.ask_timeout_s) == (("*.kunden.example",), 0.5)
 
 
 def test_sections_of_later_versions_are_kept_without_effect(node: Node) -> None:
     config = node.good(
         "[regions.ams]\nlatitude = 52.3\nlongitude = 4.8\n"
         '[[peers]]\nname = "b"\nregion = "fra"\nbackhaul = "10.0.0.1:1"\n'
-        '[cluster]\nembedded = true\n[listen]\ndns = "127.0.0.1:53"\n[certs]\nacme_email = "a@b"\n'
+        '[cluster]\nembedded = true\n[listen]\ndns = "127.0.0.1:53"\n'
     )
-    assert {key.key for key in config.keys} == {"regions", "peers", "cluster", "listen.dns", "certs.acme_email"}
+    assert {key.key for key in config.keys} == {"regions", "peers", "cluster", "listen.dns"}
     assert all(key.reason for key in config.keys)
     assert config.listen.public[0].public_port == 80
 
@@ -657,7 +698,7 @@ def test_the_example_loads_and_shows_every_key_with_its_default() -> None:
     assert result.config.listen == plain.listen
     assert set(shown["limits"]) == set(config_module._fields(config_module.LimitsSection))
     assert set(shown["node"]) == set(config_module._fields(config_module.NodeSection))
-    hidden = {"user", "machines", "autostop_interval", "busy"}  # have no default that could be written
+    hidden = {"user", "machines", "autostop_interval", "busy", "on_demand"}  # have no default that could be written
     assert set(shown["apps"][0]) | hidden == set(config_module._APP_KEYS)
     commented = set(re.findall(r"[a-z_]+", path.read_text()))
     assert {"acme_directory", "acme_email", "acme_ca_file", "backhaul", "dns", "latitude"} | hidden <= commented

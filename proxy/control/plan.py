@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from proxy.config import AppConfig, GroupConfig, NodeConfig
+from proxy.config import AppConfig, CertsSection, GroupConfig, NodeConfig, OnDemandSection
 from proxy.decide.autostop import WarmHours
 from proxy.ipc import PROTOCOL, Settings
 from proxy.model import (
@@ -95,6 +95,7 @@ class AppPlan:
     organization: str = "personal"
     replay_sources: tuple[str, ...] = ()
     keeps_bodies: bool = False
+    on_demand: OnDemandSection | None = None  # control alone goes by it
 
     def group(self, name: str) -> GroupPlan | None:
         return next((group for group in self.groups if group.name == name), None)
@@ -130,6 +131,8 @@ class NodePlan:
     stop_machines_on_exit: bool = True
     autostop_interval_s: float = 300.0
     drain_timeout_s: float = 30.0
+    certs: CertsSection = field(default_factory=CertsSection)
+    public_ports: tuple[int, ...] = ()  # that are listened on
     identity: str = ""  # of this data_dir; machine ids are derived from it
 
 
@@ -159,6 +162,8 @@ def plan_of(config: NodeConfig) -> NodePlan:
         stop_machines_on_exit=config.node.on_exit == "stop",
         autostop_interval_s=config.node.autostop_interval_s,
         drain_timeout_s=limits.drain_timeout_s,
+        certs=config.certs,
+        public_ports=config.public_ports,
     )
 
 
@@ -194,6 +199,7 @@ def _app_plan(app: AppConfig) -> AppPlan:
         organization=app.organization,
         replay_sources=app.replay_sources,
         keeps_bodies=app.keep_bodies,
+        on_demand=app.on_demand,
     )
 
 

@@ -1,0 +1,117 @@
+"""What is kept of one name: whose it is, its certificates, what went wrong last and when it is looked at again.
+
+Times are unix seconds, 0 for never. Chains and keys lie beside the record (`certificate_key`): they are needed far less
+often.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from certs.certificate import Certificate
+from certs.errors import Failure
+
+
+class Source(enum.StrEnum):
+    """Where a certificate is from."""
+
+    ACME = "acme"
+    RSA = "acme-rsa"  # beside the other, for clients without ECDSA
+    CUSTOM = "custom"
+
+
+class Origin(enum.StrEnum):
+    """Who said that there is such a name."""
+
+    CONFIGURED = "configured"  # the configuration: the name goes when it is no longer there
+    ADDED = "added"  # an operator
+    ON_DEMAND = "on_demand"  # a client that asked for it, and a rule that let it
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A certificate that is there."""
+
+    valid_from: float
+    expires_at: float
+    serial: str
+    issuer: str
+    key: str  # "ecdsa" | "rsa"
+    obtained_at: float
+    renew_at: float = 0.0  # 0: never, by us
+    ask_ari_at: float = 0.0  # 0: the CA says nothing of renewals
+    ari_explanation: str = ""
+
+
+class Trouble(msgspec.Struct, frozen=True):
+    """The last failure, until a certificate comes."""
+
+    failure: Failure
+    detail: str
+    problem: str
+    in_a_row: int
+    since: float
+    at: float
+    next_try_at: float
+
+
+class Domain(msgspec.Struct):
+    """The record of one name, at `domain/<name>` in the store."""
+
+    name: str
+    app: str  # a label: what it means is the caller's matter
+    origin: Origin
+    added_at: float
+    updated_at: float
+    is_acme_wanted: bool = True
+    challenge: str = ""  # the type that an operator asked for; "": as it comes
+    avoid: tuple[str, ...] = ()  # challenge types that failed, tried last
+    held: dict[Source, Held] = {}
+    trouble: Trouble | None = None
+    proven_at: float = 0.0  # ownership, for a custom certificate
+    used_at: float = 0.0  # of a name on demand: when a certificate was last asked for
+
+    def next_at(self, now: float, key_types: int) -> float:
+        """When it is to be looked at again: `now` or before if it is at once; infinity if nothing is to be done."""
+        times = [held.expires_at for source, held in self.held.items() if source is Source.CUSTOM]
+        times = [at for at in times if at > now]
+        if self.is_acme_wanted:
+            if self.trouble is not None:
+                times.append(self.trouble.next_try_at)
+            elif sum(source is not Source.CUSTOM for source in self.held) < key_types:
+                return now
+            else:
+                for source, held in self.held.items():
+                    if source is not Source.CUSTOM:
+                        times.append(min(held.renew_at, held.ask_ari_at or held.renew_at))
+        return min(times, default=float("inf"))
+
+    def served(self, now: float) -> Source | None:
+        """The certificate to show: a custom one while it is valid, else ours."""
+        for source in (Source.CUSTOM, Source.ACME, Source.RSA):
+            if (held := self.held.get(source)) is not None and now < held.expires_at:
+                return source
+        return None
+
+
+def domain_key(name: str) -> str:
+    return f"domain/{name}"
+
+
+def certificate_key(name: str, source: Source) -> str:
+    """Where chain and key lie in the store, as Certificate.to_pem has them."""
+    return f"certificate/{name}/{source}"
+
+
+def held_of(certificate: Certificate, key: str, now: float) -> Held:
+    leaf = certificate.leaf
+    issuer = leaf.issuer.rfc4514_string()
+    return Held(
+        valid_from=leaf.not_valid_before_utc.timestamp(),
+        expires_at=certificate.expires_at,
+        serial=f"{leaf.serial_number:x}",
+        issuer=issuer[:200],
+        key=key,
+        obtained_at=now,
+    )
