@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
 
 from certs.certificate import Certificate
@@ -223,7 +224,7 @@ class _Judge:
             try:
                 certificate = x509.load_pem_x509_certificate(block)
                 _touch(certificate)
-            except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
+            except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, CryptographyDeprecationWarning):
                 self._fault(
                     "bad_certificate",
                     f"Certificate {number} of the chain cannot be read: it is damaged, or of a kind not known here.",
@@ -490,6 +491,8 @@ def _is_cut_off(pem: bytes) -> bool:
 
 def _touch(certificate: x509.Certificate) -> None:
     """Have all that is looked at later parsed now, since that is when faults in it show. Raises what parsing does."""
+    if certificate.serial_number <= 0:  # RFC 5280 §4.1.2.2; the library still only warns of it
+        raise ValueError("the serial number is not positive")
     certificate.public_key()
     certificate.extensions  # noqa: B018
     certificate.subject, certificate.issuer  # noqa: B018
@@ -533,8 +536,7 @@ def _dns_names(leaf: x509.Certificate) -> list[str]:
 
 def _common_name(name: x509.Name) -> str:
     values = name.get_attributes_for_oid(NameOID.COMMON_NAME) or list(name)
-    text = str(values[0].value) if values else ""
-    return "".join(char if char.isprintable() else "?" for char in text[:100]) or "a CA without a name"
+    return (str(values[0].value)[:100] if values else "") or "a CA without a name"
 
 
 def _title(certificate: x509.Certificate) -> str:
@@ -546,7 +548,9 @@ def _title(certificate: x509.Certificate) -> str:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """As it is shown: what a certificate says of itself may not write into somebody's terminal or log."""
+    shown = "".join(char if char.isprintable() else "?" for char in text)
+    return shown[:1].upper() + shown[1:]
 
 
 def _issuer_url(leaf: x509.Certificate) -> str:
