@@ -11,7 +11,6 @@ import asyncio
 import functools
 import hmac
 import ipaddress
-import json
 import logging
 import os
 import re
@@ -26,6 +25,17 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from proxy.clock import Clock
+from proxy.control.answers import (
+    MAX_BODY_BYTES,
+    ApiError,
+    Json,
+    body_too_long,
+    json_answer,
+    large_json_answer,
+    query_flag,
+    query_number,
+    read_body,
+)
 from proxy.control.apps import Apps, Entry
 from proxy.control.leases import (
     DEFAULT_TTL_S,
@@ -46,10 +56,8 @@ from proxy.wire.fly_toml import MAX_KILL_TIMEOUT_S
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 * 1024
 MAX_CONNECTIONS = 256  # at once; whoever comes then is closed, so that control keeps descriptors for machines
 FIRST_HEAD_S = 10.0  # a connection that has sent no whole head by then is closed
-BODY_S = 30.0
 _LONGEST_WAIT_S = 60.0
 _FOLLOW_PAUSE_S = 0.1
 _MOST_LINES = 10_000
@@ -64,7 +72,6 @@ _SETTLED = ("created", "started", "stopped", "suspended", "failed")
 
 _http_log = logging.getLogger(f"{__name__}.http")
 
-Json = dict[str, Any]  # Any: JSON
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -82,15 +89,6 @@ class Node(Protocol):
 
     def in_flight(self, slot: int) -> int:
         """Requests and tunnels under way on a machine, over all workers."""
-
-
-class ApiError(Exception):
-    """An answer in Fly's form: `{"error": text, "status": code}`."""
-
-    def __init__(self, status: int, code: str, text: str, **more: Any) -> None:  # Any: JSON
-        super().__init__(text)
-        self.status = status
-        self.body = {"error": text, "status": code, **more}
 
 
 class Api:
@@ -212,21 +210,21 @@ class Api:
                 self._check(request)
                 return await handler(request)
             except ApiError as error:
-                return _json(error.body, error.status)
+                return json_answer(error.body, error.status)
             except Refused as error:
-                return _json({"error": str(error), "status": "failed_precondition"}, 412)
+                return json_answer({"error": str(error), "status": "failed_precondition"}, 412)
             except LeaseConflict as error:
-                return _json({"error": str(error), "status": "lease_held"}, 409)
+                return json_answer({"error": str(error), "status": "lease_held"}, 409)
             except web.HTTPRequestEntityTooLarge:
-                return _json(_too_long().body, 413)
+                return json_answer(body_too_long().body, 413)
             except web.HTTPException as error:
                 code = "not_found" if error.status == 404 else "unknown"
-                return _json({"error": error.reason.lower(), "status": code}, error.status)
+                return json_answer({"error": error.reason.lower(), "status": code}, error.status)
             except (ConnectionError, asyncio.CancelledError):
                 raise
             except Exception:
                 log.exception("%s %s failed", request.method, request.path)
-                return _json({"error": "internal error: see the log of control", "status": "internal"}, 500)
+                return json_answer({"error": "internal error: see the log of control", "status": "internal"}, 500)
 
         return guard
 
@@ -246,7 +244,7 @@ class Api:
                 401, "unauthenticated", "a bearer token is needed: it is in admin.token of the node's data_dir"
             )
         if (request.content_length or 0) > MAX_BODY_BYTES:
-            raise _too_long()
+            raise body_too_long()
 
     # --- the node
 
@@ -260,19 +258,19 @@ class Api:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _status(self, request: web.Request) -> web.Response:
-        return await _large_json(await self._node.status())
+        return await large_json_answer(await self._node.status())
 
     async def _reload(self, request: web.Request) -> web.Response:
         done, answer = await self._node.reload()
-        return _json(answer, 200 if done else 422)
+        return json_answer(answer, 200 if done else 422)
 
     async def _explain(self, request: web.Request) -> web.Response:
         """Which machine a request would get, and why; nothing is sent."""
-        asked = _asked(await _body(request, required=True))
+        asked = _asked(await read_body(request, required=True))
         apps = [entry.record() for entry in self._apps.all()]
         found = explain(apps, asked, self._node.in_flight, self._clock.unix())
         steps = [{"step": step, "text": text} for step, text in found.steps]
-        return _json(
+        return json_answer(
             {"action": found.action, "code": found.code, "app": found.app, "machines": found.machines, "steps": steps}
         )
 
@@ -290,16 +288,16 @@ class Api:
             apps.append(_app_json(entry))
             if len(apps) % _SLICE == 0:
                 await asyncio.sleep(0)
-        return await _large_json({"total_apps": len(apps), "apps": apps})
+        return await large_json_answer({"total_apps": len(apps), "apps": apps})
 
     async def _get_app(self, request: web.Request) -> web.Response:
-        return _json(_app_json(self._entry(request)))
+        return json_answer(_app_json(self._entry(request)))
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
         """The last lines of all the app's machines, then, if asked, what is added: one line of text each."""
         entry = self._entry(request)
         name = entry.plan.name
-        lines = _number(request, "lines", 100, 0, _MOST_LINES)
+        lines = query_number(request, "lines", 100, 0, _MOST_LINES)
         follow = request.query.get("follow", "0").lower() in ("1", "true", "yes")
         files = await asyncio.to_thread(log_files, self._data_dir, name)
         follower = Follower(files) if follow else None
@@ -331,37 +329,37 @@ class Api:
             and region in (None, machine.region)
             and (not metadata or all(metadata_of(machine).get(key) == value for key, value in metadata))
         ]
-        with_lease = _flag(request, "include_leases")
+        with_lease = query_flag(request, "include_leases")
         shown = []
         for machine in wanted:
             shown.append(self._machine_json(machine, with_lease=with_lease))
             if len(shown) % _SLICE == 0:
                 await asyncio.sleep(0)
-        return await _large_json(shown)
+        return await large_json_answer(shown)
 
     async def _get_machine(self, request: web.Request) -> web.Response:
         machine = self._machine(request)
-        with_lease = _flag(request, "include_leases")
-        return _json(self._machine_json(machine, self._store.events(machine.id), with_lease))
+        with_lease = query_flag(request, "include_leases")
+        return json_answer(self._machine_json(machine, self._store.events(machine.id), with_lease))
 
     async def _start(self, request: web.Request) -> web.Response:
         machine = self._changeable(request)
         previous = machine.row.state
         if machine.is_static:
-            return _json({"previous_state": previous, "migrated": False, "new_host": ""})
+            return json_answer({"previous_state": previous, "migrated": False, "new_host": ""})
         _raise_if_failed(await asyncio.shield(self._fleet.wake(machine.id, "user")))
-        return _json({"previous_state": previous, "migrated": False, "new_host": ""})
+        return json_answer({"previous_state": previous, "migrated": False, "new_host": ""})
 
     async def _stop(self, request: web.Request) -> web.Response:
-        body = await _body(request)
+        body = await read_body(request)
         machine = self._changeable(request)
         signal = _signal_number(body["signal"]) if body.get("signal") else None
         self._fleet.stop(machine, "user", signal, _duration_s(body.get("timeout")))
-        return _json({"ok": True})
+        return json_answer({"ok": True})
 
     async def _suspend(self, request: web.Request) -> web.Response:
         self._fleet.suspend(self._changeable(request), "user")
-        return _json({"ok": True})
+        return json_answer({"ok": True})
 
     async def _restart(self, request: web.Request) -> web.Response:
         machine = self._changeable(request)
@@ -372,20 +370,20 @@ class Api:
         if (end := self._fleet.stop(machine, "user", signal, _duration_s(query.get("timeout")))) is not None:
             await asyncio.wait({end})
         _raise_if_failed(await asyncio.shield(self._fleet.wake(machine.id, "user")))
-        return _json({"ok": True})
+        return json_answer({"ok": True})
 
     async def _signal(self, request: web.Request) -> web.Response:
-        number = _signal_number((await _body(request, required=True)).get("signal"))
+        number = _signal_number((await read_body(request, required=True)).get("signal"))
         self._fleet.send_signal(self._changeable(request), number)
-        return _json({"ok": True})
+        return json_answer({"ok": True})
 
     async def _cordon(self, request: web.Request) -> web.Response:
         """Answered once workers send it nothing new. `acknowledged` is false where one did not say so in time."""
-        return _json({"ok": True, "acknowledged": await self._fleet.cordon(self._changeable(request))})
+        return json_answer({"ok": True, "acknowledged": await self._fleet.cordon(self._changeable(request))})
 
     async def _uncordon(self, request: web.Request) -> web.Response:
         self._fleet.uncordon(self._changeable(request))
-        return _json({"ok": True})
+        return json_answer({"ok": True})
 
     # --- leases
 
@@ -394,10 +392,10 @@ class Api:
         lease = self._leases.held(machine)
         if lease is None:
             raise ApiError(404, "not_found", f"nobody holds a lease of machine {machine.id}")
-        return _json(_lease_answer(lease))
+        return json_answer(_lease_answer(lease))
 
     async def _take_lease(self, request: web.Request) -> web.Response:
-        body = await _body(request)
+        body = await read_body(request)
         machine = self._machine(request)
         ttl_s = _ttl_s(request.query.get("ttl", body.get("ttl")))
         description = body.get("description") or ""
@@ -406,23 +404,25 @@ class Api:
             raise ApiError(
                 400, "invalid_argument", f"description: expected one line of up to {LONGEST_DESCRIPTION} characters"
             )
-        return _json(_lease_answer(self._leases.take(machine, ttl_s, description, request.headers.get(HEADER))), 201)
+        return json_answer(
+            _lease_answer(self._leases.take(machine, ttl_s, description, request.headers.get(HEADER))), 201
+        )
 
     async def _release_lease(self, request: web.Request) -> web.Response:
         machine, nonce = self._machine(request), request.headers.get(HEADER)
         if not nonce:
             raise ApiError(400, "invalid_argument", f"the header {HEADER} must name the lease to give back")
         self._leases.release(machine, nonce)
-        return _json({"status": "success", "data": {"ok": True}})
+        return json_answer({"status": "success", "data": {"ok": True}})
 
     # --- metadata
 
     async def _get_metadata(self, request: web.Request) -> web.Response:
-        return _json(metadata_of(self._machine(request)))
+        return json_answer(metadata_of(self._machine(request)))
 
     async def _set_metadata(self, request: web.Request) -> web.Response:
         """PUT replaces all, POST merges. The map may stand alone, or as `metadata` beside a `machine_version`."""
-        body = await _body(request, required=True)
+        body = await read_body(request, required=True)
         version = request.query.get("version")
         if isinstance(body.get("metadata"), dict):
             version, body = version or body.get("machine_version"), body["metadata"]
@@ -433,10 +433,10 @@ class Api:
         value = metadata_of(machine).get(key)
         if value is None:
             raise ApiError(404, "not_found", f"machine {machine.id} has no metadata {key}")
-        return _json({"value": value})
+        return json_answer({"value": value})
 
     async def _set_metadata_key(self, request: web.Request) -> web.Response:
-        value = (await _body(request, required=True)).get("value")
+        value = (await read_body(request, required=True)).get("value")
         if not isinstance(value, str):
             raise ApiError(400, "invalid_argument", "value: expected a text")
         return self._keep_metadata(request, request.query.get("version"), {request.match_info["key"]: value})
@@ -473,7 +473,7 @@ class Api:
         version = request.query.get("version") or request.query.get("instance_id")
         if version and version != machine.row.instance_id:
             raise ApiError(400, "invalid_argument", f"the machine's version is {machine.row.instance_id}")
-        timeout_s = _number(request, "timeout", _LONGEST_WAIT_S, 0, _LONGEST_WAIT_S)
+        timeout_s = query_number(request, "timeout", _LONGEST_WAIT_S, 0, _LONGEST_WAIT_S)
         after = request.query.get("from_event_id")
         if after and not _ULID.fullmatch(after):
             raise ApiError(400, "invalid_argument", f"from_event_id {after!r} is the id of no event")
@@ -486,7 +486,7 @@ class Api:
             text = f"the machine is {machine.row.state}, and came not to {' or '.join(states)}{since}"
             raise ApiError(408, "deadline_exceeded", text)
         newest = self._store.events(machine.id, 1)
-        return _json(
+        return json_answer(
             {
                 "ok": True, "state": machine.row.state, "version": machine.row.instance_id,
                 "event_id": newest[0].id if newest else "",
@@ -494,14 +494,14 @@ class Api:
         )  # fmt: skip
 
     async def _events(self, request: web.Request) -> web.Response:
-        limit = int(_number(request, "limit", 20, 1, 50))
-        return _json([_event_json(event) for event in self._store.events(self._machine(request).id, limit)])
+        limit = int(query_number(request, "limit", 20, 1, 50))
+        return json_answer([_event_json(event) for event in self._store.events(self._machine(request).id, limit)])
 
     async def _wakes(self, request: web.Request) -> web.Response:
         machine = self._machine(request)
         if machine.last_wake is None:
             raise ApiError(404, "not_found", f"machine {machine.id} was not woken since control began")
-        return _json(machine.last_wake.as_ms())
+        return json_answer(machine.last_wake.as_ms())
 
     # --- finding and showing
 
@@ -671,25 +671,6 @@ def _asked(body: Json) -> Asked:
     return Asked(parts.scheme, host, port, parts.path or "/", method, tuple(pairs), source)
 
 
-async def _body(request: web.Request, required: bool = False) -> Json:
-    try:
-        async with asyncio.timeout(BODY_S):
-            raw = await request.read()
-    except TimeoutError:
-        raise ApiError(408, "deadline_exceeded", f"the body did not come within {BODY_S:g} s") from None
-    if not raw.strip():
-        if required:
-            raise ApiError(400, "invalid_argument", "EOF")
-        return {}
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "invalid_argument", f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, "invalid_argument", "the body is not a JSON object")
-    return body
-
-
 def _signal_number(name: object) -> int:
     if isinstance(name, str) and name.upper() in _SIGNALS:
         return int(getattr(signals, name.upper()))
@@ -711,23 +692,6 @@ def _duration_s(value: object) -> float | None:
     raise ApiError(400, "invalid_argument", f"timeout {value!r} is no duration such as 10s")
 
 
-def _number(request: web.Request, name: str, default: float, low: float, high: float) -> float:
-    text = request.query.get(name)
-    if text is None:
-        return default
-    try:
-        value = float(text.removesuffix("s"))
-    except ValueError:
-        raise ApiError(400, "invalid_argument", f"{name} {text!r} is no number") from None
-    if value != value:
-        raise ApiError(400, "invalid_argument", f"{name} {text!r} is no number")
-    return min(max(value, low), high)
-
-
-def _flag(request: web.Request, name: str) -> bool:
-    return request.query.get(name, "").lower() in ("1", "true", "yes")
-
-
 def _text(lines: Iterable[LogLine]) -> bytes:
     return b"".join(line.machine.encode() + b" " + line.text + b"\n" for line in lines)
 
@@ -736,19 +700,6 @@ def _iso(unix_s: float) -> str:
     from datetime import UTC, datetime
 
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-async def _large_json(body: Json | list[Any]) -> web.Response:
-    """Encoded in a thread: thousands of apps must not hold up a wake."""
-    return web.json_response(text=await asyncio.to_thread(json.dumps, body))
-
-
-def _json(body: Json | list[Any], status: int = 200) -> web.Response:
-    return web.json_response(body, status=status)
-
-
-def _too_long() -> ApiError:
-    return ApiError(413, "invalid_argument", f"a body of more than {MAX_BODY_BYTES} bytes")
 
 
 class _Refusal(asyncio.Protocol):

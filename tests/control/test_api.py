@@ -12,7 +12,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from proxy.control.api import MAX_BODY_BYTES, Api, load_or_make_token
+from proxy.control.answers import MAX_BODY_BYTES
+from proxy.control.api import Api, load_or_make_token
 from proxy.machines.driver import Exit
 from proxy.machines.logs import log_path
 from proxy.metrics import AppCells, MachineFacts, Metrics, NodeFacts
