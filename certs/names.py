@@ -44,6 +44,32 @@ def normalise(text: str) -> str:
     return star + base
 
 
+def custom_domain(text: str) -> str:
+    """The same for a name that somebody wants a certificate for: one that a customer can have.
+
+    Raises NameRefusedError for what `normalise` does, and for a single label, a name that reads as an IP address, a
+    broken A-label, and a wildcard of a public suffix (CA/Browser Forum Baseline Requirements §3.2.2.6).
+    """
+    name = normalise(text)
+    shown = repr(text[:80])
+    labels = name.removeprefix("*.").split(".")
+    if name.startswith("*.") and (len(labels) == 1 or is_public_suffix(name)):
+        raise NameRefusedError(
+            f"{shown} would stand for names of strangers: anybody may register below {'.'.join(labels)!r}"
+        )
+    if len(labels) == 1:
+        raise NameRefusedError(f"{shown} has one part only: a domain has two at least, as in example.com")
+    if labels[-1].isdigit():
+        raise NameRefusedError(f"{shown} ends in a number, so that clients take it for an IP address")
+    for label in labels:
+        if label.startswith("xn--"):
+            try:
+                idna.ulabel(label)
+            except idna.IDNAError as error:
+                raise NameRefusedError(f"{shown}: its part {label!r} is no internationalised label: {error}") from error
+    return name
+
+
 @functools.lru_cache(maxsize=1)
 def _suffixes() -> PublicSuffixList:
     return PublicSuffixList()

@@ -23,12 +23,15 @@ class ApiError(Exception):
         self.body = {"error": text, "status": code, **more}
 
 
-async def read_body(request: web.Request, required: bool = False) -> Json:
+async def read_body(request: web.Request, required: bool = False, limit: int = MAX_BODY_BYTES) -> Json:
+    """A request's JSON object, of up to `limit` bytes. Raises ApiError."""
     try:
         async with asyncio.timeout(BODY_S):
             raw = await request.read()
     except TimeoutError:
         raise ApiError(408, "deadline_exceeded", f"the body did not come within {BODY_S:g} s") from None
+    if len(raw) > limit:
+        raise body_too_long(limit)
     if not raw.strip():
         if required:
             raise ApiError(400, "invalid_argument", "EOF")
@@ -68,5 +71,5 @@ def json_answer(body: Json | list[Any], status: int = 200) -> web.Response:
     return web.json_response(body, status=status)
 
 
-def body_too_long() -> ApiError:
-    return ApiError(413, "invalid_argument", f"a body of more than {MAX_BODY_BYTES} bytes")
+def body_too_long(limit: int) -> ApiError:
+    return ApiError(413, "invalid_argument", f"a body of more than {limit} bytes")

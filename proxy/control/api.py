@@ -37,6 +37,7 @@ from proxy.control.answers import (
     read_body,
 )
 from proxy.control.apps import Apps, Entry
+from proxy.control.certificates_api import IMPORT_PATH_END, MAX_IMPORT_BYTES, CertificatesApi, DomainRefused
 from proxy.control.leases import (
     DEFAULT_TTL_S,
     HEADER,
@@ -106,6 +107,7 @@ class Api:
         self._clock = clock
         self._data_dir = data_dir
         self._token = load_or_make_token(os.path.join(data_dir, "admin.token"))
+        self.certificates: CertificatesApi | None = None  # set before `start`, where there are certificates
         self.checks_of: Callable[[Owned], list[Json]] = lambda machine: []  # checks.py's, where checks are run
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
@@ -161,7 +163,7 @@ class Api:
             handler.force_close()
 
     def _application(self) -> web.Application:
-        app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(middlewares=[self._guard], client_max_size=MAX_IMPORT_BYTES)
         machines = "/v1/apps/{app}/machines"
         one = machines + "/{id}"
         app.add_routes(
@@ -198,6 +200,8 @@ class Api:
                 web.get(one + "/wakes", self._wakes),
             ]
         )
+        if self.certificates is not None:
+            app.add_routes(self.certificates.routes())
         return app
 
     # --- who may ask
@@ -215,8 +219,10 @@ class Api:
                 return json_answer({"error": str(error), "status": "failed_precondition"}, 412)
             except LeaseConflict as error:
                 return json_answer({"error": str(error), "status": "lease_held"}, 409)
+            except DomainRefused as error:
+                return json_answer(error.body, error.status)
             except web.HTTPRequestEntityTooLarge:
-                return json_answer(body_too_long().body, 413)
+                return json_answer(body_too_long(_body_limit(request)).body, 413)
             except web.HTTPException as error:
                 code = "not_found" if error.status == 404 else "unknown"
                 return json_answer({"error": error.reason.lower(), "status": code}, error.status)
@@ -243,8 +249,8 @@ class Api:
             raise ApiError(
                 401, "unauthenticated", "a bearer token is needed: it is in admin.token of the node's data_dir"
             )
-        if (request.content_length or 0) > MAX_BODY_BYTES:
-            raise body_too_long()
+        if (request.content_length or 0) > (limit := _body_limit(request)):
+            raise body_too_long(limit)
 
     # --- the node
 
@@ -700,6 +706,10 @@ def _iso(unix_s: float) -> str:
     from datetime import UTC, datetime
 
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _body_limit(request: web.Request) -> int:
+    return MAX_IMPORT_BYTES if request.path.endswith(IMPORT_PATH_END) else MAX_BODY_BYTES
 
 
 class _Refusal(asyncio.Protocol):
