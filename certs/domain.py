@@ -76,10 +76,10 @@ class Domain(msgspec.Struct):
         """When it is to be looked at again: `now` or before if it is at once; infinity if nothing is to be done."""
         times = [held.expires_at for source, held in self.held.items() if source is Source.CUSTOM]
         times = [at for at in times if at > now]
-        if self.is_acme_wanted:
+        if self.is_acme_wanted or self.needs_proof:
             if self.trouble is not None:
                 times.append(self.trouble.next_try_at)
-            elif sum(source is not Source.CUSTOM for source in self.held) < key_types:
+            elif self.needs_proof or sum(source is not Source.CUSTOM for source in self.held) < key_types:
                 return now
             else:
                 for source, held in self.held.items():
@@ -87,10 +87,16 @@ class Domain(msgspec.Struct):
                         times.append(min(held.renew_at, held.ask_ari_at or held.renew_at))
         return min(times, default=float("inf"))
 
+    @property
+    def needs_proof(self) -> bool:
+        """Whether a certificate was brought for a name of which nobody knows whose it is."""
+        return Source.CUSTOM in self.held and not self.proven_at
+
     def served(self, now: float) -> Source | None:
         """The certificate to show: a custom one while it is valid, else ours."""
         for source in (Source.CUSTOM, Source.ACME, Source.RSA):
-            if (held := self.held.get(source)) is not None and now < held.expires_at:
+            held = self.held.get(source)
+            if held is not None and now < held.expires_at and (source is not Source.CUSTOM or self.proven_at):
                 return source
         return None
 

@@ -254,6 +254,11 @@ class AcmeClient:
     # --- what there is at the CA
 
     @property
+    def account(self) -> AccountRecord | None:
+        """The account, once something was asked of the CA."""
+        return self._account
+
+    @property
     def account_key(self) -> str:
         """The key of the account's record in the store."""
         return account_key(self.directory_url)

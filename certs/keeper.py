@@ -49,6 +49,9 @@ class Surroundings(Presenter, Protocol):
     async def is_pointed(self, domain: Domain) -> str:
         """ "" if it is worth asking the CA; else what is missing in DNS, for a person to read."""
 
+    async def is_owned(self, domain: Domain) -> str:
+        """ "" if DNS shows that the name is of whoever brought a certificate for it; else what is missing."""
+
     async def on_certificate(self, domain: Domain) -> None:
         """A name's certificates changed: show the one of `domain.served`. Raises CertificateError or OSError."""
 
@@ -301,6 +304,11 @@ class Keeper:
         try:
             if domain.trouble is not None and domain.trouble.failure is Failure.STORAGE and domain.held:
                 await self._show(domain)  # that may have been what failed
+            if domain.needs_proof:
+                if missing := await self._around.is_owned(domain):
+                    raise AcmeError(Failure.NOT_POINTED, missing)
+                domain.proven_at = now
+                await self._show(domain)
             if not domain.is_acme_wanted:
                 return
             for key_type in self.policy.key_types:

@@ -6,11 +6,14 @@ lost is issued or stored again, so appends are not forced to disk.
 
     file    = magic, record*
     record  = length u32, crc32 u32, body[length]                     little-endian; the checksum is the body's
-    body    = name length u16, digest[16] of the chain, name, sealed(chain length u32, chain PEM, key PEM)
+    body    = name length u16, digest[16] of chain and key, name, sealed(chain length u32, chain PEM, key PEM)
 
-The last record of a name counts. A record that is incomplete or fails its checksum ends the file: a reader looks at it
+The last record of a name counts; one whose chain is empty says that there is none any more. A name is a host name, or a
+kind and what it is of: `rsa/<host>`, an RSA certificate beside the other; `self-signed/<host>`, shown where there is
+nothing better; `http-01/<token>` (the key authorization in the chain's place) and `tls-alpn-01/<host>`, what a CA is
+shown. A record that is incomplete or fails its checksum ends the file: a reader looks at it
 again later (the writer may be in the middle of it), the next writer cuts it off. When most of the file is stale the
-next writer makes a new one beside it and renames; readers notice the other inode and start over.
+writer makes a new one beside it and renames; readers notice the other inode and start over.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ _CHAIN = struct.Struct("<I")
 MAX_RECORD_BYTES = 1 << 20
 _COMPACT_FROM_BYTES = 1 << 20  # smaller files are not worth it
 _CHUNK_BYTES = 1 << 20
+_GONE = bytes(16)  # in the digest's place: the name has no record any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class PackWriter:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._places: dict[str, _Place] = {}
         self._end = 0
+        self._live = 0  # bytes of records that count
+        self._not_before_bytes = 0  # no new file before this one has grown so far: the last attempt failed
         self._open()
 
     def append(self, name: str, chain_pem: bytes, key_pem: bytes) -> bool:
@@ -72,7 +78,7 @@ class PackWriter:
         Raises CertificateError if the record would be too large, OSError if it cannot be written (the file is then as
         before).
         """
-        digest = _digest(chain_pem)
+        digest = _digest(chain_pem, key_pem)
         known = self._places.get(name)
         if known is not None and known.digest == digest:
             return False
@@ -82,8 +88,27 @@ class PackWriter:
         if len(body) > MAX_RECORD_BYTES:
             raise CertificateError(f"{name}: a record of {len(body)} bytes is over the {MAX_RECORD_BYTES} allowed")
         self._write(_FRAME.pack(len(body), zlib.crc32(body)) + body)
+        self._live += len(body) + _FRAME.size - self._weight(known)
         self._places[name] = _Place(self._end - len(body), len(body), digest)
+        self._compact_if_stale()
         return True
+
+    def remove(self, name: str) -> bool:
+        """Make all readers forget a name; False if it is not there. Raises OSError as `append` does."""
+        known = self._places.get(name)
+        if known is None:
+            return False
+        encoded = name.encode()
+        body = _BODY.pack(len(encoded), _GONE) + encoded
+        self._write(_FRAME.pack(len(body), zlib.crc32(body)) + body)
+        self._live -= self._weight(known)
+        del self._places[name]
+        self._compact_if_stale()
+        return True
+
+    @staticmethod
+    def _weight(place: _Place | None) -> int:
+        return 0 if place is None else place.length + _FRAME.size
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -112,14 +137,29 @@ class PackWriter:
             return
         self._end = len(_MAGIC)
         for name, place in _scan(self._fd, self._end):
-            self._places[name] = place
+            if place.digest == _GONE:
+                self._places.pop(name, None)
+            else:
+                self._places[name] = place
             self._end = place.offset + place.length
         size = os.fstat(self._fd).st_size
         if size > self._end:
             os.ftruncate(self._fd, self._end)
-        live = sum(place.length + _FRAME.size for place in self._places.values())
-        if self._end > _COMPACT_FROM_BYTES and live < self._end / 2:
+        self._live = sum(self._weight(place) for place in self._places.values())
+        self._compact_if_stale()
+
+    def _compact_if_stale(self) -> None:
+        """A file that cannot be made anew goes on as it is, and grows until there is room."""
+        if self._end <= _COMPACT_FROM_BYTES or self._live >= self._end / 2 or self._end < self._not_before_bytes:
+            return
+        before = self._fd, self._places, self._end
+        try:
             self._compact()
+        except OSError:
+            if self._fd != before[0]:
+                os.close(self._fd)
+            self._fd, self._places, self._end = before
+            self._not_before_bytes = self._end + _COMPACT_FROM_BYTES
 
     def _compact(self) -> None:
         old, places = self._fd, self._places
@@ -167,28 +207,41 @@ class PackReader:
         changed = set()
         for name, place in _scan(self._fd, self._end):
             known = self._places.get(name) or before.get(name)
+            self._end = place.offset + place.length
+            if place.digest == _GONE:
+                if self._places.pop(name, None) is not None:
+                    changed.add(name)
+                continue
             if known is None or known.digest != place.digest:
                 changed.add(name)
             self._places[name] = place
-            self._end = place.offset + place.length
         return changed | (before.keys() - self._places.keys())
 
     def match(self, name: str) -> str | None:
-        """The record that serves a host name: its own, else the wildcard's one label up."""
+        """The record that serves a host name: its own, else the wildcard's one label up, else a self-signed one."""
+        if "/" in name:
+            return None  # a client's text: what it names is no host
         if name in self._places:
             return name
         wildcard = "*." + name.partition(".")[2]
-        return wildcard if wildcard in self._places else None
+        if wildcard in self._places:
+            return wildcard
+        own = f"self-signed/{name}"
+        return own if own in self._places else None
 
     def get(self, name: str) -> tuple[bytes, bytes] | None:
-        """Chain and key of the record that serves a host name, as PEM.
+        """Chain and key of the record that serves a host name, as PEM. Raises CertificateError as `exact` does."""
+        match = self.match(name)
+        return None if match is None else self.exact(match)
+
+    def exact(self, match: str) -> tuple[bytes, bytes] | None:
+        """Chain and key of the record of this very name.
 
         Raises CertificateError if the record does not open: written under another secret, or the disk altered it.
         """
-        match = self.match(name)
-        if match is None:
+        place = self._places.get(match)
+        if place is None:
             return None
-        place = self._places[match]
         body = os.pread(self._fd, place.length, place.offset)
         try:
             name_length, _ = _BODY.unpack_from(body)
@@ -246,6 +299,6 @@ def _scan(fd: int, offset: int) -> Iterator[tuple[str, _Place]]:
         at = 0
 
 
-def _digest(chain_pem: bytes) -> bytes:
-    """Tells one certificate of a name from the next. A leaf is signed afresh each time, so its chain alone does."""
-    return hashlib.sha256(chain_pem).digest()[:16]
+def _digest(chain_pem: bytes, key_pem: bytes) -> bytes:
+    """Tells one record of a name from the next."""
+    return hashlib.sha256(chain_pem + key_pem).digest()[:16]

@@ -25,6 +25,7 @@ class Code(enum.StrEnum):
     CLIENT_GONE = "WD11"
     BODY_TOO_LARGE = "WD12"
     IDLE_TIMEOUT = "WD13"
+    NO_CHALLENGE = "WD14"  # an ACME challenge that is not under way here, of an app that sleeps
     # Fly's: refused, reset and timed-out connections to machines
     CONNECT_REFUSED = "PC01"
     CONNECT_RESET = "PC03"
@@ -134,7 +135,7 @@ def http_status(code: Code) -> int:
             return 429
         case Code.HEAD_TOO_LARGE:
             return 431
-        case Code.UNKNOWN_HOST:
+        case Code.UNKNOWN_HOST | Code.NO_CHALLENGE:
             return 404
         case Code.METHOD_UNKNOWN:
             return 501

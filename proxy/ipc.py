@@ -93,6 +93,7 @@ class Settings(Message, frozen=True):
     source_handshakes_s: float = 200.0  # TLS handshakes likewise
     exempt_sources: tuple[str, ...] = ("127.0.0.0/8", "::1/128")  # networks without limits for a source
     max_memory_bytes: int = 0  # of a worker; 0 = its share of four fifths of the host's
+    on_demand: bool = False  # names that no app has may get a certificate: control decides
 
 
 class TableStart(Message, frozen=True):

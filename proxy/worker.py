@@ -121,6 +121,7 @@ class Worker:
         self.edge.sticky_keys = (hmac.digest(secret, b"sticky cookies", "sha256"),)
         records = PackReader(run_dir / "certificates", secret)
         self._certificates = Certificates(records, self._ask_certificate, monotonic)
+        self.edge.http_challenge = self._certificates.http_challenge
         self._turnstile = Turnstile(loop, self._certificates)
         self._pressure = PressureGauge(self.edge, self._gate, ctx.plan.workers, self._let_idle_go)
         self._listeners: list[Listener] = []

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from proxy import ipc
@@ -35,6 +35,7 @@ from proxy.state import APP_SLOTS, MACHINE_SLOTS, SharedMemory
 log = logging.getLogger(__name__)
 
 _SNAPSHOT_PAUSE_S = 0.05
+_NAMES_PAUSE_S = 0.02
 _SLICE = 64  # apps told between two turns of the loop
 _MADE_AT_ONCE = 8  # a new app costs 0.5 ms: ports are tried, slots written
 _RETIRE_POLL_S = 0.1
@@ -47,12 +48,13 @@ class Entry:
     plan: AppPlan
     slot: int
     machines: list[Owned] = field(default_factory=list)
+    added: tuple[str, ...] = ()  # host names beside the configured ones
     frame: bytes | None = None  # the AppSet of now, until something changes
 
     def record(self) -> App:
         plan = self.plan
         return App(
-            name=plan.name, hostnames=plan.hostnames, services=plan.services,
+            name=plan.name, hostnames=plan.hostnames + self.added, services=plan.services,
             machines=tuple(machine.record() for machine in self.machines), slot=self.slot, wake_on=plan.wake_on,
             wake_timeout_s=plan.wake_timeout_s, primary_region=plan.primary_region, limits=plan.limits,
             balance=plan.balance, sticky=plan.sticky, access=plan.access, wake_rules=plan.wake_rules,
@@ -94,6 +96,8 @@ class Apps:
         self._changed = asyncio.Event()
         self.plan: NodePlan | None = None
         self.warnings: dict[str, str] = {}  # app -> why part of it is not there
+        self.added_to: Callable[[AppName], tuple[str, ...]] = lambda name: ()
+        self._renamed: set[AppName] = set()  # apps whose added names workers are to be told of
         fleet.on_change = self._machine_changed
 
     # --- what there is
@@ -123,9 +127,25 @@ class Apps:
                 machines = tuple(machine for machine in entry.machines if machine.row.group == group)
                 yield Pool(entry.plan, group, machines)
 
-    def hostnames(self) -> Iterator[str]:
-        for entry in self._entries.values():
-            yield from entry.plan.hostnames
+    def names_changed(self, name: AppName) -> None:
+        """Names were added to an app, or removed: workers are told soon, of many at once."""
+        if not self._renamed:
+            asyncio.get_running_loop().call_later(_NAMES_PAUSE_S, self._tell_names)
+        self._renamed.add(name)
+
+    def _tell_names(self) -> None:
+        renamed, self._renamed = self._renamed, set()
+        for name in renamed:
+            entry = self._entries.get(name)
+            if entry is None:
+                continue
+            added = self.added_to(name)
+            if added != entry.added:
+                entry.added, entry.frame = added, None
+                frame = self.frame(name)
+                assert frame is not None
+                self._hub.set_app(frame)
+                self._changed.set()
 
     # --- the first load
 
@@ -138,7 +158,7 @@ class Apps:
         self._ports = {port for row in rows.values() for port in row.ports.values()}
         self._ports.add(plan.admin_port)  # not bound yet
         for place, app in enumerate(plan.apps):
-            entry = Entry(app, self._app_slot(app.name))
+            entry = Entry(app, self._app_slot(app.name), added=self.added_to(app.name))
             self._entries[app.name] = entry
             for group, index, one in self._wanted(app):
                 row = rows.pop(one, None)
@@ -214,6 +234,7 @@ class Apps:
             if entry is None:
                 entry = self._entries[name] = Entry(new[name], self._app_slot(name))
             entry.plan = new[name]
+            entry.added = self.added_to(name)
             await self._fill(entry)
             if place % _MADE_AT_ONCE == 0:
                 await asyncio.sleep(0)

@@ -149,6 +149,7 @@ def plan_of(config: NodeConfig) -> NodePlan:
         wake_hints_per_s=limits.wake_hints_per_s, source_connections=limits.source_connections,
         source_connects_s=limits.source_connects_s, source_handshakes_s=limits.source_handshakes_s,
         exempt_sources=limits.exempt_sources, max_memory_bytes=limits.max_memory_bytes,
+        on_demand=any(app.on_demand is not None for app in config.apps),
     )  # fmt: skip
     return NodePlan(
         name=config.node.name,

@@ -58,7 +58,8 @@ def explain(apps: Iterable[App], asked: Asked, in_flight: Callable[[int], int], 
     if not is_served(asked.method.encode("latin-1", "replace")):
         found.say("method", f"{asked.method} is not served")
         return found.end("refuse", "WD04")
-    app = next((one for one in apps if asked.host in one.hostnames), None)
+    wildcard = "*." + asked.host.partition(".")[2]
+    app = next((one for name in (asked.host, wildcard) for one in apps if name in one.hostnames), None)
     if app is None:
         found.say("route", f"no app here answers to {asked.host}")
         return found.end("refuse", "WD09")

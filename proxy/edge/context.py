@@ -7,6 +7,7 @@ import logging
 import os
 import random
 from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -96,6 +97,7 @@ class EdgeContext:
         self.waker.on_started = self.queue.poke
         self.warmth = Warmth(self)
         self.waker.on_machine, self.waker.on_gone = self.warmth.on_machine, self.warmth.on_gone
+        self.http_challenge: Callable[[str], bytes | None] = lambda token: None  # what a CA looks for, by its token
         self.ulids = UlidMaker(os.urandom(8))
         self.traces = TraceMaker(os.urandom(16))
         self.log = AccessLog("", "json", self.wheel, self._count_dropped)
@@ -182,7 +184,7 @@ class EdgeContext:
     def log_failed_tls(self, client_ip: str, public_port: int, name: str | None, code: Code, detail: str) -> None:
         """The record of a connection that failed before, or beneath, its requests. Its status is 0: none was sent."""
         if self.log.is_on:
-            app = self.table.hosts.get(name or "")
+            app = self.table.find(name or "")
             self.log.write(
                 Record(
                     unix(), app.record.name if app is not None else "", client_ip, "", name or "", "", 0, 0.0, 0, 0, "",

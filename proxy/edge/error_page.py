@@ -15,6 +15,7 @@ def error_page(error: ProxyError) -> bytes:
 
 _PHRASES = {
     Code.UNKNOWN_HOST: "No app is served here under this name.",
+    Code.NO_CHALLENGE: "No such challenge is under way here.",
     Code.MISDIRECTED: "This connection was made for another app.",
     Code.BAD_REQUEST: "The request could not be understood.",
     Code.WAKE_TIMEOUT: "The app was started but did not answer in time.",

@@ -13,6 +13,7 @@ is choice.py's, what comes of a replay handover.py's.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -39,6 +40,9 @@ from proxy.ipc import PassiveFailure
 from proxy.model import AppName, MachineId
 from proxy.state import W_SHED_REQUESTS
 from proxy.wire.http1 import CHUNKED, Headers, RequestHead, ResponseHead
+
+ACME_PATH: Final = b"/.well-known/acme-challenge/"  # RFC 8555 §8.3
+_is_token = re.compile(rb"[A-Za-z0-9_-]{16,128}").fullmatch
 
 if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
@@ -165,7 +169,10 @@ class Exchange:
         if self.edge.sheds_requests:
             self._shed()
             return
-        app = self.edge.table.hosts.get(head.host)
+        is_challenge = head.target.startswith(ACME_PATH)
+        if is_challenge and self._answer_challenge():
+            return
+        app = self.edge.table.hosts.get(head.host) or self.edge.table.find(head.host)
         port = app.ports.get(stream.public_port) if app is not None else None
         if (
             port is None
@@ -188,9 +195,29 @@ class Exchange:
         if port.force_https and not stream.is_tls:
             self._redirect()
             return
+        if is_challenge and not port.service.running:
+            self.refuse(ProxyError(Code.NO_CHALLENGE, detail="no such challenge is under way, and no machine runs"))
+            return
         if (head.noted or port.steers or app.has_replayed) and not steer(self):
             return
         self.choose()
+
+    def _answer_challenge(self) -> bool:
+        """What a CA looks for, before anything else: no redirect, no rule and no sleep stands in its way.
+
+        Tokens that are not ours are the app's, which may have an ACME client of its own.
+        """
+        head = self.head
+        token = head.target[len(ACME_PATH) :]
+        if head.method not in (b"GET", b"HEAD") or _is_token(token) is None:
+            return False
+        answer = self.edge.http_challenge(token.decode("ascii"))
+        if answer is None:
+            return False
+        self.status = 200
+        self.stream.send_answer(200, (), b"" if self.head_only else answer, self.request_id)
+        self._end(close=not self.body_done)
+        return True
 
     def _shed(self) -> None:
         """More comes than this worker can do: what is new has to wait, for the sake of what is under way."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from proxy.clock import unix
 from proxy.decide.wake import choose_to_wake
 from proxy.edge.downstream import HttpConnection, plain_ip
-from proxy.edge.tls import CertificateSource, TlsAcceptor, TlsConnection, TlsTransport
+from proxy.edge.tls import ACME_TLS, CertificateSource, TlsAcceptor, TlsConnection, TlsTransport
 from proxy.errors import Code, ProxyError
 from proxy.model import WakeOn
 from proxy.state import (
@@ -167,14 +167,18 @@ class Listener:
 
     def _on_hello(self, hello: ClientHello, peer: Any) -> None:
         """Refuse names that nobody serves here; start the app that a name means if it sleeps."""
-        app = self._edge.table.hosts.get(hello.server_name or "")
+        if hello.alpn == ACME_TLS:  # a CA looks: it wakes nobody, and the name may have no app on this port
+            self._count_handshake(plain_ip(peer))
+            return
+        app = self._edge.table.find(hello.server_name or "")
         port = app.ports.get(self.public_port) if app is not None else None
-        if app is None or port is None or not port.tls:
+        is_new = app is None and self._edge.settings.on_demand and hello.server_name is not None
+        if not is_new and (app is None or port is None or not port.tls):
             raise ProxyError(Code.TLS_NO_CERTIFICATE, detail=f"no app serves {hello.server_name} with TLS here")
         ip = plain_ip(peer)
-        if not self._edge.sources.may_shake_hands(ip):
-            self._edge.count(W_SOURCE_REFUSED)
-            raise ProxyError(Code.TLS_RATE_SOURCE, detail=f"{ip} begins handshakes more often than the node allows")
+        self._count_handshake(ip)
+        if app is None or port is None:
+            return  # control decides, when the certificate is asked for
         if app.gate is not None and not app.gate.handshake(ip, self._edge.wheel.now):
             raise ProxyError(Code.TLS_RATE_SOURCE, detail=f"{ip} begins handshakes more often than {app.name} allows")
         service = port.service
@@ -183,13 +187,18 @@ class Listener:
         if not app.wake_filter.ignores_source(ip) and not (app.gate is not None and app.gate.denies(ip)):
             self._hint(app, service.record.processes, ip)
 
+    def _count_handshake(self, ip: str) -> None:
+        if not self._edge.sources.may_shake_hands(ip):
+            self._edge.count(W_SOURCE_REFUSED)
+            raise ProxyError(Code.TLS_RATE_SOURCE, detail=f"{ip} begins handshakes more often than the node allows")
+
     def _hint(self, app: AppView, groups: tuple[str, ...], source: str) -> None:
         choice = choose_to_wake((one.record for one in app.machines.values()), groups, unix())
         if isinstance(choice, str):
             self._edge.waker.hint(app, choice, source)
 
     def _after_handshake(self, transport: TlsTransport, hello: ClientHello) -> asyncio.Protocol:
-        app = self._edge.table.hosts.get(hello.server_name or "")
+        app = self._edge.table.find(hello.server_name or "")
         return HttpConnection(self._edge, self, True, app.record.name if app is not None else None)
 
     def on_handshake(self, version: str, resumed: bool, seconds: float) -> None:

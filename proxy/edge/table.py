@@ -171,6 +171,14 @@ class Table:
         self._loading: set[AppName] | None = None
         self._leaving: dict[MachineId, MachineView] = {}  # known no more, with tunnels that are still open
         self._port_kinds: dict[int, str] = {}
+        self._wildcards = False  # some app had a wildcard among its names, once
+
+    def find(self, host: str) -> AppView | None:
+        """The app of a host name: by the name itself, or by a wildcard one label up."""
+        app = self.hosts.get(host)
+        if app is None and self._wildcards and (dot := host.find(".")) > 0:
+            app = self.hosts.get("*" + host[dot:])
+        return app
 
     def start_load(self) -> None:
         """A whole table follows: what it does not name is gone at its end."""
@@ -206,6 +214,8 @@ class Table:
         self._port_kinds.clear()
         for host in record.hostnames:
             self.hosts[host] = app
+            if host.startswith("*."):
+                self._wildcards = True
         if old is not None:
             self._drop_left_over(old, app)
         if self._loading is not None:

@@ -22,6 +22,7 @@ Which name may be served, and what a hello starts, is `on_hello`'s matter; where
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import ssl
 from collections.abc import Callable, Iterable
@@ -80,6 +81,9 @@ class CertificateSource(Protocol):
     def forget(self, name: str | None, waiter: Waiter) -> None:
         """The waiter has gone; it is not called any more."""
 
+    def challenge(self, name: str | None) -> ssl.SSLContext:
+        """The context that proves a name to a CA (RFC 8737). Raises ProxyError where no such proof is under way."""
+
 
 class TlsEvents(Protocol):
     """Who counts."""
@@ -97,6 +101,7 @@ class TlsEvents(Protocol):
 
 
 OnHello = Callable[[ClientHello, Any], None]
+ACME_TLS: Final = (b"acme-tls/1",)  # the whole ALPN list of a CA that looks for a challenge (RFC 8737 §3)
 
 
 class TlsAcceptor:
@@ -220,6 +225,9 @@ class TlsConnection(asyncio.Protocol):
         self._hello_at = clock.monotonic()
         try:
             self._acceptor.on_hello(hello, self._peer)
+            if hello.alpn == ACME_TLS:
+                self._start_handshake(self._acceptor.source.challenge(hello.server_name))
+                return
             context = self._acceptor.source.find(hello.server_name)
         except ProxyError as error:
             self._refuse(error.code, _alert_for(error.code), error.detail)
@@ -266,7 +274,10 @@ class TlsConnection(asyncio.Protocol):
                 # OpenSSL has put its own alert into the BIO.
                 self._end_with(self._outgoing.read(), Code.TLS_FAILED, error.reason or str(error))
                 return
-            self._hand_over(data[at:])
+            if self._hello is not None and self._hello.alpn == ACME_TLS:
+                self._end_challenge()
+            else:
+                self._hand_over(data[at:])
             return
         if self._outgoing.pending:
             self._outer.write(self._outgoing.read())
@@ -282,6 +293,14 @@ class TlsConnection(asyncio.Protocol):
         self._outer.set_protocol(transport)
         transport.start(inner, bytes(rest))
 
+    def _end_challenge(self) -> None:
+        """The CA has seen what it came for: nothing is exchanged over the connection (RFC 8737 §3)."""
+        seconds = clock.monotonic() - self._hello_at
+        self._acceptor.events.on_handshake(self._object.version() or "", bool(self._object.session_reused), seconds)
+        with contextlib.suppress(ssl.SSLError):
+            self._object.unwrap()  # leaves close_notify in the BIO, and wants the peer's
+        self._part(self._outgoing.read())
+
     def _on_timeout(self) -> None:
         if self._state is not _State.REFUSED:
             self._leave_source()
@@ -294,6 +313,10 @@ class TlsConnection(asyncio.Protocol):
         self._end_with(_ALERT + bytes((alert,)), code, detail)
 
     def _end_with(self, last_words: bytes, code: Code, detail: str) -> None:
+        self._part(last_words)
+        self._count(code, detail)
+
+    def _part(self, last_words: bytes) -> None:
         """Say why, end our side, and let the peer read it: closing at once would reset what it has not read yet."""
         self._leave_source()
         self._state = _State.REFUSED
@@ -305,7 +328,6 @@ class TlsConnection(asyncio.Protocol):
             self._outer.write(last_words)
         if not self._outer.is_closing():
             self._outer.write_eof()
-        self._count(code, detail)
 
     def _count(self, code: Code, detail: str) -> None:
         name = self._hello.server_name if self._hello is not None else None

@@ -51,6 +51,10 @@ class Turnstile:
         elif (given := self._waiting.pop(waiter, None)) is not None:
             self._inner.forget(name, given)
 
+    def challenge(self, name: str | None) -> ssl.SSLContext:
+        self._count()
+        return self._inner.challenge(name)
+
     def _await_certificate(self, name: str | None, waiter: Waiter) -> None:
         """A crowd that waits for one certificate is given it in one piece, and begins a few a turn all the same."""
 

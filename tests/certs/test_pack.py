@@ -152,20 +152,85 @@ def test_a_disk_full_append_leaves_the_file_as_it_was(path: Path, monkeypatch: p
 
 def test_a_mostly_stale_file_is_compacted_and_open_readers_follow(path: Path) -> None:
     writer = PackWriter(path, SECRET)
-    for turn in range(100):
-        writer.append("a", b"%d" % turn + bytes(20_000), b"k")
     writer.append("b", b"stays", b"k")
-    writer.close()
+    writer.append("gone", b"goes", b"k")
+    for turn in range(40):
+        writer.append("a", b"%d" % turn + bytes(20_000), b"k")
     reader = PackReader(path, SECRET)
     large = path.stat().st_size
-    writer = PackWriter(path, SECRET)
-    assert path.stat().st_size < large / 20
+    writer.remove("gone")
+    for turn in range(40, 100):
+        writer.append("a", b"%d" % turn + bytes(20_000), b"k")
+    assert path.stat().st_size < 1 << 20 and large > 40 * 20_000
     assert reader.get("b") == (b"stays", b"k")  # the old file is still open
     writer.append("c", b"new", b"k")
     writer.append("b", b"changed", b"k")
-    assert reader.refresh() == {"b", "c"}
+    assert reader.refresh() == {"a", "b", "c", "gone"}
+    assert reader.get("gone") is None
     assert reader.get("a") == (b"99" + bytes(20_000), b"k")
     assert reader.get("b") == (b"changed", b"k")
+    writer.close()
+    reader.close()
+
+
+def test_a_name_that_was_removed_is_gone_for_readers_and_the_next_writer(path: Path) -> None:
+    writer = PackWriter(path, SECRET)
+    writer.append("a.example", b"1", b"k")
+    writer.append("b.example", b"2", b"k")
+    reader = PackReader(path, SECRET)
+    assert writer.remove("a.example") and not writer.remove("a.example")
+    assert reader.refresh() == {"a.example"}
+    assert reader.get("a.example") is None and reader.get("b.example") == (b"2", b"k")
+    writer.close()
+    writer = PackWriter(path, SECRET)
+    assert "a.example" not in writer and writer.append("a.example", b"1", b"k")
+    assert reader.refresh() == {"a.example"}
+    writer.close()
+    reader.close()
+
+
+def test_what_a_client_calls_itself_never_names_a_record_of_another_kind(path: Path) -> None:
+    write(
+        path,
+        ("http-01/token", b"authorization", b""),
+        ("rsa/a.example", b"1", b"k"),
+        ("self-signed/b.example", b"2", b"k"),
+    )
+    reader = PackReader(path, SECRET)
+    assert reader.match("http-01/token") is None and reader.get("rsa/a.example") is None
+    assert reader.exact("http-01/token") == (b"authorization", b"")
+    assert reader.get("b.example") == (b"2", b"k")
+    write(path, ("*.example", b"3", b"k"))
+    reader.refresh()
+    assert reader.get("b.example") == (b"3", b"k")  # what is trusted comes before what is not
+    reader.close()
+
+
+def test_an_equal_chain_with_another_key_is_another_record(path: Path) -> None:
+    writer = PackWriter(path, SECRET)
+    assert writer.append("a", b"chain", b"one") and not writer.append("a", b"chain", b"one")
+    assert writer.append("a", b"chain", b"two")
+    writer.close()
+
+
+def test_a_file_that_cannot_be_compacted_goes_on_as_it_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = PackWriter(path, SECRET)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for turn in range(200):
+        writer.append("a", b"%d" % turn + bytes(20_000), b"k")
+    monkeypatch.undo()
+    assert path.stat().st_size > 3 << 20
+    reader = PackReader(path, SECRET)
+    assert reader.get("a") == (b"199" + bytes(20_000), b"k")
+    for turn in range(100):
+        writer.append("a", b"%d" % turn + bytes(20_000), b"k")
+    assert path.stat().st_size < 2 << 20
+    reader.refresh()
+    assert reader.get("a") == (b"99" + bytes(20_000), b"k")
     writer.close()
     reader.close()
 

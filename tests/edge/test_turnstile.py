@@ -30,6 +30,9 @@ class Certificates:
     def forget(self, name: str | None, waiter: Waiter) -> None:
         self.forgotten += 1
 
+    def challenge(self, name: str | None) -> ssl.SSLContext:
+        return CONTEXT
+
 
 class Client:
     def __init__(self, turnstile: Turnstile, name: str = "known") -> None:

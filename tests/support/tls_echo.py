@@ -33,6 +33,9 @@ class OneLeaf:
     def forget(self, name: str | None, waiter: Any) -> None:
         raise AssertionError(f"nobody waits for {name}")
 
+    def challenge(self, name: str | None) -> ssl.SSLContext:
+        raise AssertionError(f"no CA looks for {name}")
+
 
 class NoEvents:
     def on_handshake(self, version: str, resumed: bool, seconds: float) -> None:
