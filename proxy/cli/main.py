@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal, NamedTuple, ParamSpec
 
 import typer
 
@@ -30,7 +30,7 @@ app = typer.Typer(
 machine_app = typer.Typer(help="List, start, stop, cordon and lease machines.", no_args_is_help=True)
 lease_app = typer.Typer(help="The right to change a machine alone for a while.", no_args_is_help=True)
 metadata_app = typer.Typer(help="Names and values kept with a machine.", no_args_is_help=True)
-certs_app = typer.Typer(help="Certificates.", no_args_is_help=True)
+certs_app = typer.Typer(help="Domains of apps and their certificates.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure your own apps.", no_args_is_help=True)
 app.add_typer(machine_app, name="machine")
 app.add_typer(certs_app, name="certs")
@@ -56,6 +56,16 @@ def _complete_machine(incomplete: str) -> list[str]:
         api = Api(find_node(None, None))
         ids = [str(machine["id"]) for one in list_apps(api) for machine in list_machines(api, one["name"])]
         return [one for one in ids if one.startswith(incomplete)]
+    except CliError:
+        return []
+
+
+def _complete_hostname(incomplete: str) -> list[str]:
+    from proxy.cli.node import Api, find_node
+
+    try:
+        page = Api(find_node(None, None)).get("/v1/certificates", {"filter": incomplete, "limit": 500})
+        return [name for one in page["certificates"] if (name := str(one["hostname"])).startswith(incomplete)]
     except CliError:
         return []
 
@@ -86,6 +96,15 @@ MachineArgument = Annotated[
         autocompletion=_complete_machine,
     ),
 ]
+HostnameArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="HOSTNAME",
+        help="As in shop.example.com; *.example.com is a wildcard, best put in quotes.",
+        callback=_whole_word,
+        autocompletion=_complete_hostname,
+    ),
+]
 _NONCE_VARIABLE = "WAKEFRONT_LEASE_NONCE"
 Nonce = Annotated[
     str | None, typer.Option("--nonce", envvar=_NONCE_VARIABLE, help="Of the lease you hold, if the machine is leased.")
@@ -95,6 +114,8 @@ Ttl = Annotated[float, typer.Option("--ttl", metavar="SECONDS", min=1, max=86_40
 Wait = Annotated[
     float, typer.Option("--wait", metavar="SECONDS", min=0, max=86_400, help="Wait for the new state; 0 = do not.")
 ]
+
+Challenge = Literal["tls-alpn-01", "http-01", "dns-01"]
 
 
 class Ask(NamedTuple):
@@ -435,6 +456,129 @@ def metadata_remove(
     from proxy.cli.machine import metadata_remove
 
     metadata_remove(ask.node, machine, app_name, keys, nonce, ask.json)
+
+
+@certs_app.command("add")
+@certs_app.command("create", hidden=True)  # as flyctl has it, like the other hidden ones
+@asking
+def certs_add(
+    ask: Ask,
+    hostname: HostnameArgument,
+    app_name: AppFilter = None,
+    challenge: Annotated[
+        Challenge | None, typer.Option("--challenge", help="How to prove the name; else what fits is tried.")
+    ] = None,
+    wait: Annotated[
+        float,
+        typer.Option(
+            "--wait", metavar="SECONDS", min=0, max=86_400, help="Wait for the certificate and say each step."
+        ),
+    ] = 0.0,
+) -> None:
+    """Give an app a domain, with a certificate as soon as DNS leads here."""
+    from proxy.cli.certs import add
+
+    add(ask.node, hostname, app_name, challenge, wait, ask.json)
+
+
+@certs_app.command("check")
+@asking
+def certs_check(ask: Ask, hostname: HostnameArgument, app_name: AppFilter = None) -> None:
+    """Look at a domain's DNS now: what is in the way, and the record that mends it. Ends with 1 if not verified."""
+    from proxy.cli.certs import check
+
+    raise typer.Exit(0 if check(ask.node, hostname, app_name, ask.json) else FAILED)
+
+
+@certs_app.command("show")
+@asking
+def certs_show(ask: Ask, hostname: HostnameArgument, app_name: AppFilter = None) -> None:
+    """How a domain and its certificates stand, without a look at DNS."""
+    from proxy.cli.certs import show
+
+    show(ask.node, hostname, app_name, ask.json)
+
+
+@certs_app.command("list")
+@asking
+def certs_list(
+    ask: Ask,
+    app_name: AppFilter = None,
+    wanted: Annotated[str, typer.Option("--filter", metavar="TEXT", help="Only names with this in them.")] = "",
+    show_all: Annotated[bool, typer.Option("--all", help="All, not the first 50 only.")] = False,
+) -> None:
+    """Domains of one app, or of all."""
+    from proxy.cli.certs import list_certificates
+
+    list_certificates(ask.node, app_name, wanted, show_all, ask.json)
+
+
+@certs_app.command("setup")
+@asking
+def certs_setup(ask: Ask, hostname: HostnameArgument, app_name: AppFilter = None) -> None:
+    """The ways to set up a domain's DNS, as records to paste."""
+    from proxy.cli.certs import setup
+
+    setup(ask.node, hostname, app_name, ask.json)
+
+
+@certs_app.command("import")
+@asking
+def certs_import(
+    ask: Ask,
+    hostname: HostnameArgument,
+    fullchain: Annotated[
+        str,
+        typer.Option("--fullchain", metavar="FILE", help="Certificate and intermediates, PEM; - is standard input."),
+    ],
+    private_key: Annotated[
+        str, typer.Option("--private-key", metavar="FILE", help="Its private key, PEM; - is standard input.")
+    ],
+    app_name: AppFilter = None,
+) -> None:
+    """Use a certificate of your own for a domain. A managed one, if there is one, stays behind it."""
+    from proxy.cli.certs import import_certificate
+
+    import_certificate(ask.node, hostname, app_name, fullchain, private_key, ask.json)
+
+
+@certs_app.command("remove")
+@certs_app.command("delete", hidden=True)
+@asking
+def certs_remove(
+    ask: Ask,
+    hostname: HostnameArgument,
+    app_name: AppFilter = None,
+    custom: Annotated[bool, typer.Option("--custom", help="Only the imported certificate.")] = False,
+    acme: Annotated[bool, typer.Option("--acme", help="Only the managed certificate.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Take a domain from an app, or one of its certificates."""
+    from proxy.cli.certs import remove
+
+    if custom and acme:
+        raise CliError("--custom and --acme are one or the other; without both the whole domain is removed.", USAGE)
+    remove(ask.node, hostname, app_name, "custom" if custom else "acme" if acme else None, yes, ask.json)
+
+
+@certs_app.command("forecast")
+@asking
+def certs_forecast(ask: Ask) -> None:
+    """When each certificate is renewed, and which will not be, and why."""
+    from proxy.cli.certs import forecast
+
+    forecast(ask.node, ask.json)
+
+
+@certs_app.command("account")
+@asking
+def certs_account(
+    ask: Ask, roll_key: Annotated[bool, typer.Option("--roll-key", help="Give it a new key now.")] = False
+) -> None:
+    """The node's account with the CA."""
+    from proxy.cli.certs import account
+
+    account(ask.node, roll_key, ask.json)
 
 
 @certs_app.command("ca")

@@ -235,4 +235,7 @@ def _pem(body: Json, key: str) -> bytes:
     text = body.get(key)
     if not isinstance(text, str):
         raise DomainRefused("invalid", f"{key}: expected PEM, as text")
-    return text.encode("utf-8", "replace")
+    try:
+        return text.encode("utf-8", "surrogateescape")  # the CLI sends what is no text so, to be told what it is
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace")

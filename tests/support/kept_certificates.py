@@ -21,6 +21,9 @@ class KeptCertificates:
         self.account_keys = 1
         self.offline = ""  # why nothing can be done now
         self.calls: list[tuple[str, ...]] = []
+        self.more_apps: set[str] = set()
+        self.addresses = (["192.0.2.10"], ["2001:db8::10"])
+        self.delegation = "k7.acme.example.net"
         self.issue_after: dict[str, int] = {}  # how often a name is asked for before it has its certificate
 
     def put(self, hostname: str, app: str = "web", **more: object) -> Json:
@@ -55,6 +58,7 @@ class KeptCertificates:
 
     def _detail(self, one: Json) -> Json:
         host, wild = one["hostname"].removeprefix("*."), one["hostname"].startswith("*.")
+        target = self.delegation and f"{host}.{self.delegation}"
         certificates = []
         if one["has_custom_certificate"]:
             certificates.append(_certificate("custom", "Example CA"))
@@ -67,8 +71,8 @@ class KeptCertificates:
                 "http_configured": one["acme_http_configured"], "ownership_txt_configured": False,
             },
             "dns_requirements": {
-                "a": ["192.0.2.10"], "aaaa": ["2001:db8::10"], "cname": f"{one['app']}.apps.example.net",
-                "acme_challenge": {"name": f"_acme-challenge.{host}", "target": f"{host}.k7.acme.example.net"},
+                "a": self.addresses[0], "aaaa": self.addresses[1], "cname": f"{one['app']}.apps.example.net",
+                "acme_challenge": {"name": f"_acme-challenge.{host}", "target": target},
                 "ownership": {"name": f"_fly-ownership.{host}", "app_value": "app-k7", "org_value": "org-k1"},
             },
             "validation_errors": one.get("validation_errors", []),
