@@ -68,3 +68,15 @@ class AcmeError(CertificateError):
 
 class OrderHeldError(CertificateError):
     """Another node has the order for this name under way."""
+
+
+class LookupFailedError(CertificateError):
+    """DNS gave no answer, be it that there is nothing; `outcome` is one of certs.look.Outcome."""
+
+    def __init__(self, outcome: str, detail: str) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
+
+
+class DnsHookError(CertificateError):
+    """A TXT record could not be set or removed; it says by whom, and why."""
