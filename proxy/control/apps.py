@@ -127,6 +127,10 @@ class Apps:
                 machines = tuple(machine for machine in entry.machines if machine.row.group == group)
                 yield Pool(entry.plan, group, machines)
 
+    def hostnames(self) -> Iterator[str]:
+        for entry in self._entries.values():
+            yield from entry.plan.hostnames
+
     def names_changed(self, name: AppName) -> None:
         """Names were added to an app, or removed: workers are told soon, of many at once."""
         if not self._renamed:
