@@ -233,7 +233,7 @@ class Keeper:
             while self._heap and self._heap[0][0] <= now:
                 at, name = heapq.heappop(self._heap)
                 domain = self._domains.get(name)
-                if domain is None or name in self._under_way or self._next_at(domain) > now:
+                if domain is None or name in self._under_way or self._next_at(domain, now) > now:
                     continue  # it has gone, or another entry of the heap is the one that counts
                 if domain.origin is Origin.ON_DEMAND and self.on_demand_is_busy:
                     later.append((at, name))
@@ -261,11 +261,11 @@ class Keeper:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.close()
 
-    def _next_at(self, domain: Domain) -> float:
-        return domain.next_at(self._now(), len(self.policy.key_types))
+    def _next_at(self, domain: Domain, now: float) -> float:
+        return domain.next_at(now, len(self.policy.key_types))
 
     def _schedule(self, domain: Domain) -> None:
-        at = self._next_at(domain)
+        at = self._next_at(domain, self._now())
         if at < float("inf"):
             heapq.heappush(self._heap, (at, domain.name))
             self._wake.set()

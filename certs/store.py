@@ -143,12 +143,33 @@ class SealedStore:
             if isinstance(error, sqlite3.OperationalError) and not self.path.exists():
                 raise OSError(f"{self.path}: {error}") from error  # the folder cannot be written
             aside = self._set_aside()
-            self.faults.append(
-                f"{self.path} cannot be used ({error}): it was set aside as {aside} and a new one begun. "
-                "Certificates are issued anew; domains that were added have to be added again."
-            )
             with _as_os_error(self.path):
-                return self._connect()
+                db = self._connect()
+                saved = self._salvage(aside, db) if isinstance(error, sqlite3.DatabaseError) else 0
+            lost = "Certificates are issued anew; domains that were added may have to be added again."
+            taken = f" {saved} of its records could be read and are in the new one." if saved else ""
+            self.faults.append(
+                f"{self.path} cannot be used ({error}): it was set aside as {aside} and a new one begun.{taken} {lost}"
+            )
+            return db
+
+    def _salvage(self, aside: Path, db: sqlite3.Connection) -> int:
+        """Take over what can still be read of a damaged file, from both its ends; how many records that is."""
+        saved: dict[str, tuple[str, int, bytes]] = {}
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{aside}?mode=ro", uri=True)) as old:
+                for order in ("ASC", "DESC"):
+                    with contextlib.suppress(sqlite3.DatabaseError):
+                        for key, revision, sealed in old.execute(f"SELECT * FROM records ORDER BY key {order}"):
+                            with contextlib.suppress(SealBrokenError, TypeError, AttributeError):
+                                self._seal.open(sealed, key)
+                                saved[key] = key, int(revision), sealed
+        except sqlite3.DatabaseError:
+            return 0
+        db.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", saved.values())
+        last = max((revision for _, revision, _ in saved.values()), default=0)
+        db.execute("UPDATE revisions SET last = max(last, ?)", (last,))
+        return len(saved)
 
     def _set_aside(self) -> Path:
         number, aside = 0, self.path.with_name(f"{self.path.name}.unusable-{int(self._now())}")

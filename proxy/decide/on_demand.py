@@ -1,7 +1,7 @@
 """Whether a certificate may be made for a name that nobody has added: rules, and how many new names are let in.
 
-Pure: `now` is monotonic seconds. Who is asked, and what comes of it, is control/on_demand.py's. Attack A17: a client that
-invents names costs one question a name, and no more orders than the bucket of its registered domain has.
+Pure: `now` is monotonic seconds. Who is asked, and what comes of it, is control/on_demand.py's. A client that invents
+names (attack A17) costs one question a name, and no more orders than the bucket of its registered domain has.
 """
 
 from __future__ import annotations

@@ -3,57 +3,56 @@ from __future__ import annotations
 import pytest
 
 from certs.errors import NameRefusedError
-from certs.names import custom_domain
+from certs.names import covers, is_private, is_public_suffix, normalise, registered_domain
 
 
 @pytest.mark.parametrize(
     ("text", "name"),
     [
         ("Shop.Example.COM.", "shop.example.com"),
-        (" shop.example.com\n", "shop.example.com"),
-        ("*.example.com", "*.example.com"),
+        (" *.Example.com ", "*.example.com"),
         ("bücher.example", "xn--bcher-kva.example"),
-        ("*.BÜCHER.example", "*.xn--bcher-kva.example"),
-        ("例え。テスト", "xn--r8jz45g.xn--zckzah"),
-        ("web.apps.localhost", "web.apps.localhost"),
-        ("*.example.co.uk", "*.example.co.uk"),
+        ("*.bücher.example", "*.xn--bcher-kva.example"),
+        ("xn--bcher-kva.example", "xn--bcher-kva.example"),
         ("a" * 63 + ".example", "a" * 63 + ".example"),
     ],
 )
-def test_a_name_is_brought_into_its_one_form(text: str, name: str) -> None:
-    assert custom_domain(text) == name and custom_domain(name) == name
+def test_a_name_has_one_form(text: str, name: str) -> None:
+    assert normalise(text) == name == normalise(name)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    "text",
+    ["", ".", "192.0.2.1", "[2001:db8::1]", "2001:db8::1", "a..example", "-a.example", "a_b.example",
+     "a" * 64 + ".example", "x." * 130 + "example", "a b.example", "a.*.example",
+     "*", "a/b.example", "a.example:443", "a\0.example"],
+)  # fmt: skip
+def test_what_is_no_host_name_is_refused(text: str) -> None:
+    with pytest.raises(NameRefusedError):
+        normalise(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "domain"),
     [
-        ("192.0.2.1", "IP address"),
-        ("[2001:db8::1]", "IP address"),
-        ("*.192.0.2.1", "IP address"),
-        ("300.300.300.300", "ends in a number"),
-        ("localhost", "one part only"),
-        ("*.com", "strangers"),
-        ("*.co.uk", "below 'co.uk'"),
-        ("*.github.io", "strangers"),
-        ("*", "is not a host name"),
-        ("a.*.example.com", "is not a host name"),
-        ("*.*.example.com", "is not a host name"),
-        ("my_shop.example.com", "'my_shop' is not"),
-        ("-a.example", "'-a' is not"),
-        ("a..example", "'' is not"),
-        ("a" * 64 + ".example", "1 to 63"),
-        (".".join(["a" * 60] * 5), "253 at most"),
-        ("a b.example", "'a b' is not"),
-        ("shop.example.com/path", "'com/path' is not"),
-        ("https://shop.example.com", "is not"),
-        ("shop.example.com:443", "is not"),
-        ("xn--a.example", "no internationalised label"),
-        ("shop.exa\x00mple.com", "is not"),
-        ("shop.\ud800.example", "not an internationalised host name"),
-        ("", "is not"),
+        ("shop.example.com", "example.com"),
+        ("example.com", "example.com"),
+        ("a.b.example.co.uk", "example.co.uk"),
+        ("*.example.co.uk", "example.co.uk"),
+        ("co.uk", "co.uk"),
+        ("x.github.io", "x.github.io"),
     ],
 )
-def test_what_is_no_domain_is_refused_with_the_reason(text: str, says: str) -> None:
-    with pytest.raises(NameRefusedError) as refused:
-        custom_domain(text)
-    assert says in str(refused.value) and len(str(refused.value)) < 400
+def test_the_registered_domain_is_what_a_registrar_sold(name: str, domain: str) -> None:
+    assert registered_domain(name) == domain
+
+
+def test_suffixes_and_private_names_are_known() -> None:
+    assert is_public_suffix("co.uk") and is_public_suffix("*.com") and not is_public_suffix("example.com")
+    assert is_private("web") and is_private("web.apps.localhost") and is_private("a.home.arpa")
+    assert not is_private("shop.example.com")
+
+
+def test_a_wildcard_covers_one_label() -> None:
+    assert covers("*.example.com", "a.example.com") and covers("a.example.com", "a.example.com")
+    assert not covers("*.example.com", "a.b.example.com") and not covers("*.example.com", "example.com")
