@@ -38,7 +38,7 @@ class Pebble:
     dns: str  # "127.0.0.1:port", over UDP and TCP
     log: Path
     _management: str
-    _dns_management: str
+    dns_management: str  # of the test DNS, http
     _context: ssl.SSLContext
 
     def roots(self) -> bytes:
@@ -67,7 +67,7 @@ class Pebble:
         self._tell("clear-servfail", {"host": f"{host}."})
 
     def _tell(self, what: str, body: Mapping[str, object]) -> None:
-        request = urllib.request.Request(f"{self._dns_management}/{what}", json.dumps(body).encode(), method="POST")
+        request = urllib.request.Request(f"{self.dns_management}/{what}", json.dumps(body).encode(), method="POST")
         with urllib.request.urlopen(request, timeout=10) as answer:
             answer.read()
 
