@@ -71,7 +71,8 @@ def check(api: Api, name: str, app: str | None, as_json: bool) -> bool:
         return bool(detail["configured"])
     domain = Domain(domain.app, detail["hostname"])
     _say_rows(domain, detail)
-    _say_dns(detail.get("dns_records") or {})
+    if (records := detail.get("dns_records")) is not None:
+        _say_dns(records)
     findings = detail.get("findings") or []
     for finding in findings:
         _say_finding(finding)
@@ -188,11 +189,12 @@ def forecast(api: Api, as_json: bool) -> None:
     rows = [
         (
             one["hostname"], one["app"], _SOURCES.get(one["source"], one["source"]), _in(one["expires_at"]),
-            _in(one["renew_at"]), f"WILL FAIL: {one['reason']}" if one["will_fail"] else one["next_action"],
+            _in(one.get("next_at") or one["renew_at"]),
+            _printable(f"WILL FAIL: {one['reason']}" if one["will_fail"] else one["next_action"]),
         )
         for one in found
     ]  # fmt: skip
-    table(("hostname", "app", "source", "expires", "renews", "next"), rows)
+    table(("hostname", "app", "source", "expires", "next step", "what"), rows)
     if failing := [one["hostname"] for one in found if one["will_fail"]]:
         say(f"{len(failing)} of {len(found)} will not be renewed as it is: `{_command('check', failing[0])}`.")
 
@@ -346,7 +348,7 @@ def _source(summary: Detail) -> str:
 
 def _status(one: Detail) -> str:
     """In flyctl's words, of a summary or a detail (spec: `certs list`)."""
-    if one.get("has_custom_certificate"):
+    if one.get("has_custom_certificate") or any(each["source"] == "custom" for each in one.get("certificates") or ()):
         return "Verified" if one.get("configured") else "Not verified"
     if one.get("configured"):
         return "Issued"
@@ -356,15 +358,15 @@ def _status(one: Detail) -> str:
 
 
 def _certificate_status(one: Detail) -> str:
-    if one["status"] == "pending_ownership":
-        return "Not verified"
+    if one["status"] in ("pending_ownership", "expired"):
+        return "Expired" if one["status"] == "expired" else "Not verified"
     if one["source"] == "custom":
         return "Verified" if one["status"] == "active" else "Not verified"
     return "Issued" if one["status"] == "active" else "Issuing..."
 
 
 def _block_title(certificate: Detail) -> str:
-    return "Custom Certificate" if certificate["source"] == "custom" else "Managed Certificate"
+    return f"{_SOURCES.get(certificate['source'], 'Managed')} Certificate"
 
 
 def _say_rows(domain: Domain, detail: Detail) -> None:
@@ -595,7 +597,7 @@ def _say_pairs(pairs: list[tuple[str, str]]) -> None:
 def _account_value(key: str, value: object) -> str:
     if isinstance(value, list):
         return ", ".join(str(one) for one in value) or "–"
-    return _when(value) if key.endswith("_at") else "–" if value is None else str(value)
+    return _when(value) if key.endswith("_at") and value is not None else "–" if value is None else str(value)
 
 
 def _printable(text: str) -> str:

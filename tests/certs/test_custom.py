@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import ssl
 import subprocess
 import time
@@ -393,3 +394,13 @@ def test_the_key_is_in_no_message() -> None:
         judge_custom("other.example", LEAF + CA, KEY, NOW)
     assert KEY.splitlines()[1].decode() not in str(refused.value) + repr(refused.value.faults)
     assert KEY.splitlines()[1].decode() not in repr(good())
+
+
+def test_every_code_is_in_the_docs_and_no_other() -> None:
+    root = Path(__file__).resolve().parents[2]
+    source = (root / "certs" / "custom.py").read_text()
+    codes = set(re.findall(r'(?:_fault|_warn)\(\s*"(\w+)"', source)) | {"no_key", "no_certificate"}  # made of two parts
+    listed = (
+        (root / "docs" / "admin-api.md").read_text().partition("Codes of an import's faults:")[2].partition("\n\n")[0]
+    )
+    assert set(re.findall(r"`(\w+)`", listed)) == codes

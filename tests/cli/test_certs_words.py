@@ -264,6 +264,17 @@ async def test_show_looks_nothing_up_and_tells_of_the_order_and_the_last_failure
     assert "2026-12-01" in out and "certs check" in out and "DNS shows" not in out
 
 
+async def test_a_custom_certificate_that_is_not_proven_or_has_expired_is_said_so(
+    kept: KeptCertificates, words: Words
+) -> None:
+    for status, word in (("pending_ownership", "Not verified"), ("expired", "Expired")):
+        kept.put(HOST, has_custom_certificate=True, custom_status=status)
+        ended = await words("check", HOST)
+        assert ended.code == 1
+        rows = [line.split(" = ")[1] for line in ended.out.splitlines() if line.startswith("Status")]
+        assert rows == [word]
+
+
 # --- list
 
 
@@ -347,7 +358,7 @@ async def test_a_certificate_is_imported_from_files(
     assert done.code == 0 and "Certificate uploaded for shop.example.com (app web)" in done.out
     assert "It is active." in done.out and kept.calls == [("import", "web", HOST)]
     again = await words("import", HOST, "--fullchain", files[0], "--private-key", files[1], "--json")
-    assert again.json["has_custom_certificate"] is True and "PRIVATE" not in again.out
+    assert [one["source"] for one in again.json["certificates"]] == ["custom"] and "PRIVATE" not in again.out
 
 
 async def test_an_import_that_waits_for_ownership_says_which_record(

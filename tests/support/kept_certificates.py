@@ -61,11 +61,22 @@ class KeptCertificates:
         target = self.delegation and f"{host}.{self.delegation}"
         certificates = []
         if one["has_custom_certificate"]:
-            certificates.append(_certificate("custom", "Example CA"))
+            certificates.append(_certificate("custom", "Example CA") | {"status": one.get("custom_status", "active")})
         if one["has_fly_certificate"]:
             certificates.append(_certificate("fly", "Pebble Intermediate"))
+        shared = (
+            "hostname",
+            "app",
+            "status",
+            "dns_provider",
+            "configured",
+            "acme_requested",
+            "created_at",
+            "updated_at",
+        )
         return {
-            **one, "rate_limited_until": one.get("rate_limited_until"), "certificates": certificates,
+            **{key: one[key] for key in shared},
+            "rate_limited_until": one.get("rate_limited_until"), "certificates": certificates,
             "validation": {
                 "dns_configured": one["acme_dns_configured"], "alpn_configured": one["acme_alpn_configured"],
                 "http_configured": one["acme_http_configured"], "ownership_txt_configured": False,
