@@ -104,6 +104,16 @@ async def test_add_of_an_apex_speaks_of_www_and_of_a_wildcard_of_the_cname(
     assert kept.calls[-1] == ("add", "web", "*.example.com", "dns-01")
 
 
+async def test_a_name_may_be_written_in_any_form(kept: KeptCertificates, words: Words) -> None:
+    assert "created for xn--bcher-kva.example" in (await words("add", "Bücher.example")).out
+    assert "created for *.example.com" in (await words("add", "*.Example.com.")).out
+    for written, name in (("BÜCHER.example.", "xn--bcher-kva.example"), ("*.EXAMPLE.com", "*.example.com")):
+        for more in ((), ("-a", "web")):
+            assert f"Hostname     = {name}\n" in (await words("show", written, *more)).out
+            assert name in (await words("setup", written, *more)).out
+        assert (await words("remove", written, "-y")).out == f"Certificate for {name} removed from app web\n"
+
+
 async def test_add_warns_where_the_node_does_not_know_its_addresses(kept: KeptCertificates, words: Words) -> None:
     kept.addresses = ([], [])
     out = (await words("add", HOST)).out
