@@ -73,7 +73,7 @@ v6 A {NODE_V4}
 v6 AAAA 2001:db8:bad::1
 v4only A {NODE_V4}
 cname CNAME other-app.edge.test.
-toelsewhere CNAME elsewhere
+dangling CNAME gone.edge.test.
 private A 192.168.1.10
 parked TXT "nothing else"
 acme A {NODE_V4}
