@@ -647,7 +647,9 @@ class AcmeClient:
 
     def _location(self, answer: _Answer, what: str) -> str:
         if not (location := answer.headers.get("Location")):
-            raise AcmeError(Failure.SERVER, f"the CA's answer with {what} does not say where it is (no Location)")
+            raise AcmeError(
+                Failure.SERVER, f"{answer.url} answered with {what} and does not say where it is (no Location)"
+            )
         return urljoin(answer.url, location)
 
     def _retry_after_s(self, answer: _Answer) -> float:
