@@ -103,6 +103,7 @@ def test_a_good_pair_is_taken_and_served_by_openssl(tmp_path: Path) -> None:
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tmp_path / "both.pem")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2048, 4096])
 def test_an_rsa_key_in_its_old_form_is_rewritten(bits: int) -> None:
     key = rsa.generate_private_key(65_537, bits)
@@ -359,6 +360,7 @@ def test_a_name_that_would_write_into_a_terminal_is_shown_without_that() -> None
     assert message.isprintable() and "?[2jevil.example" in message
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_input_is_refused_or_taken_but_breaks_nothing(data: st.DataObject) -> None:

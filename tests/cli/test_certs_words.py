@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,6 +34,7 @@ from tests.support.kept_certificates import KeptCertificates
 
 Words = Callable[..., Awaitable[Outcome]]
 HOST = "shop.example.com"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest_asyncio.fixture
@@ -104,6 +106,7 @@ async def test_add_of_an_apex_speaks_of_www_and_of_a_wildcard_of_the_cname(
     assert kept.calls[-1] == ("add", "web", "*.example.com", "dns-01")
 
 
+@pytest.mark.slow
 async def test_a_name_may_be_written_in_any_form(kept: KeptCertificates, words: Words) -> None:
     assert "created for xn--bcher-kva.example" in (await words("add", "Bücher.example")).out
     assert "created for *.example.com" in (await words("add", "*.Example.com.")).out
@@ -128,6 +131,7 @@ async def test_add_again_is_no_error_and_json_is_the_nodes_answer(kept: KeptCert
     assert detail["hostname"] == HOST and detail["configured"] is True and detail["app"] == "web"
 
 
+@pytest.mark.slow
 async def test_add_waits_and_says_each_step(kept: KeptCertificates, words: Words) -> None:
     kept.put(HOST, order={"step": "proving", "since": 1.0})
     kept.issue_after[HOST] = 3
@@ -139,6 +143,7 @@ async def test_add_waits_and_says_each_step(kept: KeptCertificates, words: Words
     assert (await words("add", "b.example.com", "--wait", "10", "--json")).json["configured"] is True
 
 
+@pytest.mark.slow
 async def test_add_that_waits_in_vain_ends_with_the_reason(kept: KeptCertificates, words: Words) -> None:
     error = {"code": "dns", "message": "DNS leads\x1b[2J elsewhere.", "remediation": "Change it.", "timestamp": 1.0}
     kept.put(HOST, validation_errors=[error])
@@ -147,6 +152,7 @@ async def test_add_that_waits_in_vain_ends_with_the_reason(kept: KeptCertificate
     assert "DNS leads?[2J elsewhere" in ended.err and "\x1b" not in ended.out
 
 
+@pytest.mark.slow
 async def test_the_app_is_the_one_that_has_the_name_or_the_only_one(
     kept: KeptCertificates, words: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +193,7 @@ async def test_an_empty_name_means_none(kept: KeptCertificates, words: Words, co
     assert (await words(command, "")).code == 2
 
 
+@pytest.mark.slow
 async def test_a_name_nobody_added_is_said_so_with_the_one_that_was_meant(kept: KeptCertificates, words: Words) -> None:
     kept.put(HOST)
     for command in ("check", "show", "setup", "remove"):
@@ -308,6 +315,7 @@ async def test_list_has_flyctls_columns_and_words(kept: KeptCertificates, words:
     assert "app nope not found" in (await words("list", "-a", "nope")).err
 
 
+@pytest.mark.slow
 async def test_list_shows_fifty_and_says_how_to_see_more(kept: KeptCertificates, words: Words) -> None:
     for number in range(1200):
         kept.put(f"n{number:04}.example.com")
@@ -485,6 +493,18 @@ async def test_what_cannot_be_done_now_is_said(kept: KeptCertificates, words: Wo
     kept.offline = "the store is not open yet"
     ended = await words("add", HOST)
     assert ended.code == 1 and "Cannot add shop.example.com: the store is not open yet." in ended.err
+
+
+async def test_a_shell_completes_the_names_there_are(kept: KeptCertificates, tmp_path: Path) -> None:
+    kept.put(HOST)
+    kept.put("other.example.net")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "_WAKEFRONT_COMPLETE": "complete_bash"}
+    environment |= {"COMP_WORDS": "wakefront certs check sh", "COMP_CWORD": "3"}
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-m", "proxy"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    assert HOST in done.stdout and "other.example.net" not in done.stdout
 
 
 def test_these_commands_load_none_of_what_the_node_runs() -> None:

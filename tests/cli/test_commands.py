@@ -275,6 +275,8 @@ def test_every_command_has_help_and_those_that_answer_have_json(run: Run) -> Non
         ("serve",), ("check",), ("reload",), ("status",), ("apps",), ("logs",), ("demo",), ("certs", "ca"),
         ("bench", "coldstart"), ("machine", "list"), ("machine", "status"), ("machine", "start"),
         ("machine", "stop"), ("machine", "suspend"), ("machine", "restart"),
+        ("certs", "add"), ("certs", "check"), ("certs", "show"), ("certs", "list"), ("certs", "setup"),
+        ("certs", "import"), ("certs", "remove"), ("certs", "forecast"), ("certs", "account"),
     ):  # fmt: skip
         ended = run(*words, "--help")
         assert ended.code == 0 and "--json" in ended.out, words
