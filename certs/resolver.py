@@ -152,7 +152,8 @@ class Resolver:
     def is_visible(self, name: str, value: str) -> bool:
         """Whether every server of the zone that answers at all has this TXT value at the name, and at least one does.
 
-        CNAMEs are followed. A server that is dead or lame is passed over, as a CA's resolver would.
+        CNAMEs are followed. A server that is dead or lame is passed over, as a CA's resolver would. Raises
+        LookupFailedError if none answers.
         """
         return self._run(name, lambda run, at: _is_visible(run, at, value))
 
@@ -596,7 +597,7 @@ async def _neighbours(
 
 async def _is_visible(run: _Run, name: dns.name.Name, value: str) -> bool:
     answer = await run.resolve(name, RdataType.TXT)
-    if value not in answer.values:
+    if value not in _values(answer):
         return False
     end = dns.name.from_text(answer.chain[-1]).canonicalize() if answer.chain else name
     apex, _ = await run.apex(end)
