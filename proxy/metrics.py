@@ -49,6 +49,22 @@ class NodeFacts:
     apps: Sequence[AppCells]
     machines: Sequence[MachineFacts]
     worker_starts: int
+    certificates: CertificateFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateFacts:
+    """Names that are kept in certificates by ACME or were brought."""
+
+    served: int
+    waiting: int  # without a certificate yet
+    failing: dict[str, int]  # by what went wrong last
+    soonest_expiry: float  # unix seconds; 0: there is no certificate
+    obtained: int  # since control began, as the next three
+    renewed: int
+    failures: dict[str, int]
+    asked: int  # questions whether a name may have one on demand
+    clock_skew_s: float  # the CA's clock less ours
 
 
 class FactsSource(Protocol):
@@ -85,6 +101,8 @@ class Metrics:
         yield from self._app_metrics(facts, base)
         yield from self._machine_metrics(facts, base)
         yield from self._worker_metrics(facts, base)
+        if facts.certificates is not None:
+            yield from self._certificate_metrics(facts.certificates, base)
 
     # --- apps
 
@@ -142,6 +160,33 @@ class Metrics:
             held.add_sample(held.name, labels, int(one.is_held))
             states.add_sample(states.name, {**labels, "state": one.state}, 1)
         yield from (load, admitted, up, code, oom, restarts, held, checks, states)
+
+    # --- certificates
+
+    def _certificate_metrics(self, facts: CertificateFacts, base: dict[str, str]) -> Iterator[Metric]:
+        names = _metric("wakefront_certificate_names", "Names kept in certificates, by whether there is one.", "gauge")
+        names.add_sample(names.name, {**base, "state": "served"}, facts.served)
+        names.add_sample(names.name, {**base, "state": "waiting"}, facts.waiting)
+        failing = _metric("wakefront_certificate_failing", "Names by what keeps a new certificate away.", "gauge")
+        for kind, count in facts.failing.items():
+            failing.add_sample(failing.name, {**base, "failure": kind}, count)
+        failures = _metric("wakefront_certificate_failures_count", "Attempts that came to nothing, by why.")
+        for kind, count in facts.failures.items():
+            failures.add_sample(failures.name, {**base, "failure": kind}, count)
+        yield from (names, failing, failures)
+        for name, text, kind, value in (
+            ("wakefront_certificate_soonest_expiry_seconds", "When the first one ends; unix time.", "gauge",
+             facts.soonest_expiry),
+            ("wakefront_certificates_obtained_count", "Certificates obtained, renewals included.", "unknown",
+             facts.obtained),
+            ("wakefront_certificates_renewed_count", "Renewals.", "unknown", facts.renewed),
+            ("wakefront_on_demand_asked_count", "Questions whether a name may have one.", "unknown", facts.asked),
+            ("wakefront_ca_clock_skew_seconds", "The CA's clock less this host's.", "gauge", facts.clock_skew_s),
+        ):  # fmt: skip
+            if value or kind != "gauge":
+                metric = _metric(name, text, kind)
+                metric.add_sample(name, base, value)
+                yield metric
 
     # --- workers
 

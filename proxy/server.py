@@ -29,9 +29,11 @@ import msgspec
 import uvloop
 
 from certs import CertificateError
+from certs.names import normalise
 from proxy import clock, config, ipc, namespace
 from proxy.control.api import Api
 from proxy.control.apps import Apps, Changes
+from proxy.control.certificates_api import CertificatesApi
 from proxy.control.checks import Checks
 from proxy.control.domains import Domains
 from proxy.control.fine_timer import FineClock
@@ -177,16 +179,19 @@ class Server:
         self.fleet.health = self.checks
         snapshot = os.path.join(ctx.plan.run_dir, "table.msgpack")
         self.apps = Apps(self.store, self.fleet, self.hub, memory, self._clock, clock.new_random(), snapshot)
-        self.domains = Domains(ctx.plan.data_dir, ctx.plan.run_dir, self._clock)
+        self.domains = Domains(ctx.plan.data_dir, ctx.plan.run_dir, self._clock, clock.new_random())
+        self.apps.added_to = self.domains.added_to
         self.metrics = Metrics(memory, self)
         self.api = Api(self, self.apps, self.fleet, self.store, self.metrics, self._clock, ctx.plan.data_dir)
         self.api.checks_of = self.checks.checks_of
+        self.api.certificates = CertificatesApi(self.domains, normalise, lambda app: self.apps.get(app) is not None)
         self.idle = IdleWatch(
             self.fleet, memory, self._clock, self.apps.pools, plan.region, self._autostop_interval_s, _make_socket
         )
         self.fleet.on_wake = self._woke
         self.hub.on_linked = self._linked
         self.domains.on_renewed = self._renewed
+        self.domains.on_hostnames = self.apps.names_changed
         self._channel = Channel(ctx, self._hear, self._supervisor_gone)
         self._node_plan = ctx.plan  # the supervisor's: what is listened on, how many workers
         self._serving: list[int] = list(range(ctx.plan.workers))  # rows of workers, as the supervisor tells
@@ -195,8 +200,8 @@ class Server:
         self._turns = itertools.count(1)
 
     async def start(self) -> None:
+        await self._load_domains()
         await self.apps.load(self._plan, self._ctx.incarnation == 1)
-        self.domains.set_names(self.apps.hostnames())
         await self.hub.start(self.apps, self)
         self._spawn(self._keep_store(), "store")
         self._spawn(self.apps.keep_snapshot(), "table snapshot")
@@ -303,9 +308,9 @@ class Server:
                 admin_host=old.admin_host, admin_port=old.admin_port,
                 settings=_with_identity(new.settings, old.settings),
             )  # fmt: skip
+            await self.domains.apply(self._plan)
             changes = await self.apps.apply(self._plan)
             self._config_faults = []
-            self.domains.set_names(self.apps.hostnames())
             await asyncio.to_thread(keep_plan, _kept_path(self._ctx), self._plan)
             if failed := await self._turned(node_plan):
                 error = "apps were reloaded, but listeners and workers are as before"
@@ -412,11 +417,22 @@ class Server:
                 last = self._clock.monotonic()
                 await asyncio.to_thread(self.store.checkpoint)
 
+    async def _load_domains(self) -> None:
+        """The names that were added, before workers are told of apps."""
+        try:
+            await self.domains.load(self._plan)
+        except (CertificateError, OSError) as error:
+            self._certificate_fault = str(error)
+            log.error("names that were added are not known: %s", error)
+
     async def _open_domains(self) -> None:
         """Certificates may fail to open (a full disk): plain HTTP and wakes go on, and it is tried again."""
         while True:
             try:
+                await self.domains.load(self._plan)
                 await self.domains.open()
+                for app in self.apps.names():
+                    await self.apps.names_changed(app)
                 break
             except (CertificateError, OSError) as error:
                 if self._certificate_fault != str(error):
@@ -484,7 +500,8 @@ class Server:
                 )
             )
         apps = [AppCells(entry.plan.name, entry.slot) for entry in self.apps.all()]
-        return NodeFacts(self._plan.region, self._plan.name, apps, machines, self._worker_starts)
+        certificates = self.domains.facts()
+        return NodeFacts(self._plan.region, self._plan.name, apps, machines, self._worker_starts, certificates)
 
     def in_flight(self, slot: int) -> int:
         return self._memory.in_flight(slot)
@@ -506,7 +523,7 @@ class Server:
             ]  # fmt: skip
             apps.append(
                 {"id": entry.plan.name, "name": entry.plan.name, "hostnames": list(entry.plan.hostnames),
-                 "driver": entry.plan.driver, "machines": machines}
+                 "added_names": len(entry.added), "driver": entry.plan.driver, "machines": machines}
             )  # fmt: skip
             if len(apps) % _SLICE == 0:
                 await asyncio.sleep(0)
@@ -526,6 +543,7 @@ class Server:
                 for slot in (*self._serving, *self._retiring)
             ],
             "apps": apps,
+            "certificates": self.domains.status(),
             "warnings": self._warnings(),
         }  # fmt: skip
 
@@ -537,7 +555,8 @@ class Server:
             stage = self._memory.cells[self._memory.worker_base(slot) + W_OVERLOAD_STAGE]
             if stage:
                 texts.append(f"worker {slot} is overloaded: {Stage(stage).name.lower().replace('_', ' ')}")
-        texts += [f"no certificate for {name}: {why}" for name, why in self.domains.faults.items()]
+        texts += [f"no certificate for {name}: {why}" if name else why for name, why in self.domains.faults.items()]
+        texts += self.domains.status()["warnings"]
         texts += [f"{name}: {why}" for name, why in self.apps.warnings.items()]
         return texts + self.store.faults
 

@@ -126,7 +126,7 @@ def test_limits_and_log_have_the_names_and_defaults_of_the_workers_settings(node
             if field.name != "access_log":  # control decides nothing here: "-" is the node's default
                 assert getattr(section, field.name) == getattr(worker, field.name), field.name
     copied = {field.name for section in (config.limits, config.log) for field in dataclasses.fields(section)}
-    assert set(Settings.__struct_fields__) == {"protocol", "node", "region", "domain"} | copied
+    assert set(Settings.__struct_fields__) == {"protocol", "node", "region", "domain", "on_demand"} | copied
 
 
 def test_every_limit_can_be_set(node: Node) -> None:

@@ -66,7 +66,9 @@ IMPURE = {
     "subprocess", "threading", "tempfile", "shutil", "sqlite3", "urllib.request", "http", "uvloop", "aiohttp",
 }  # fmt: skip
 
-USES_CERTS = {"proxy.server", "proxy.worker", "proxy.control.domains"}
+USES_CERTS = {
+    "proxy.server", "proxy.worker", "proxy.control.domains", "proxy.control.domain_json", "proxy.control.presenter",
+}  # fmt: skip
 
 
 def _modules(folder: str) -> list[str]:

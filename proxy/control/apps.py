@@ -98,6 +98,8 @@ class Apps:
         self.warnings: dict[str, str] = {}  # app -> why part of it is not there
         self.added_to: Callable[[AppName], tuple[str, ...]] = lambda name: ()
         self._renamed: set[AppName] = set()  # apps whose added names workers are to be told of
+        self._telling: asyncio.Future[None] | None = None
+        self._names_told_at = 0.0
         fleet.on_change = self._machine_changed
 
     # --- what there is
@@ -127,18 +129,18 @@ class Apps:
                 machines = tuple(machine for machine in entry.machines if machine.row.group == group)
                 yield Pool(entry.plan, group, machines)
 
-    def hostnames(self) -> Iterator[str]:
-        for entry in self._entries.values():
-            yield from entry.plan.hostnames
-
-    def names_changed(self, name: AppName) -> None:
-        """Names were added to an app, or removed: workers are told soon, of many at once."""
-        if not self._renamed:
-            asyncio.get_running_loop().call_later(_NAMES_PAUSE_S, self._tell_names)
+    async def names_changed(self, name: AppName) -> None:
+        """Names were added to an app, or removed: return when workers are told, of all that come close together."""
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().create_future()
+            wait = self._names_told_at + _NAMES_PAUSE_S - self._clock.monotonic()
+            asyncio.get_running_loop().call_later(max(0.0, wait), self._tell_names, self._telling)
         self._renamed.add(name)
+        await asyncio.shield(self._telling)
 
-    def _tell_names(self) -> None:
-        renamed, self._renamed = self._renamed, set()
+    def _tell_names(self, telling: asyncio.Future[None]) -> None:
+        renamed, self._renamed, self._telling = self._renamed, set(), None
+        self._names_told_at = self._clock.monotonic()
         for name in renamed:
             entry = self._entries.get(name)
             if entry is None:
@@ -150,6 +152,7 @@ class Apps:
                 assert frame is not None
                 self._hub.set_app(frame)
                 self._changed.set()
+        telling.set_result(None)
 
     # --- the first load
 

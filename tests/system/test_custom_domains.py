@@ -1,0 +1,233 @@
+"""Custom domains, from `certs add` to an answer that a client trusts, against a real CA."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from cryptography import x509
+
+from tests.support.apps import make_app
+from tests.support.faults import kill_control
+from tests.support.pebble import Pebble, pebble
+from tests.support.processes import wait_for
+from tests.support.serve import ServedNode
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+class Ask:
+    """An app's own answer to whether a name may have a certificate."""
+
+    def __init__(self) -> None:
+        self.permitted: set[str] = set()
+        self.asked: list[str] = []
+        self.delay_s = 0.0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                name = parse_qs(urlsplit(self.path).query)["domain"][0]
+                outer.asked.append(name)
+                time.sleep(outer.delay_s)
+                self.send_response(200 if name in outer.permitted else 404)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/may"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+class Site:
+    """A node with an app, beside a CA that looks for challenges at the node's ports."""
+
+    def __init__(self, node: ServedNode, ca: Pebble, ask: Ask) -> None:
+        self.node, self.ca, self.ask = node, ca, ask
+        self.context = ssl.create_default_context(cadata=ca.roots().decode())
+
+    def visit(self, host: str, context: ssl.SSLContext | None = None) -> tuple[bytes, x509.Certificate]:
+        """The app's answer under a name, and the certificate that was shown and trusted."""
+        raw = socket.create_connection(("127.0.0.1", self.node.https_port), timeout=20)
+        with (context or self.context).wrap_socket(raw, server_hostname=host) as sock:
+            sock.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            answer = b""
+            while piece := sock.recv(65_536):
+                answer += piece
+            leaf = sock.getpeercert(binary_form=True)
+            assert leaf is not None
+            return answer, x509.load_der_x509_certificate(leaf)
+
+    def show(self, host: str, app: str = "web") -> Any:
+        status, found = self.node.api("GET", f"/v1/apps/{app}/certificates/{host.replace('*', '%2A')}")
+        assert status == 200, found
+        return found
+
+    def wait_active(self, host: str, seconds: float = 20.0) -> Any:
+        return wait_for(
+            lambda: found if (found := self.show(host))["status"] == "active" else None,
+            seconds,
+            lambda: f"a certificate of {host}: {json.dumps(self.show(host), indent=1)}\n{self.node.log()[-3000:]}",
+        )
+
+
+def certs_section(ca: Pebble, more: str = "") -> str:
+    return f"""
+[certs]
+issuer = "acme"
+acme_directory = "{ca.directory_url}"
+acme_ca_file = "{ca.ca_file}"
+acme_email = "ops@example.com"
+addresses = ["127.0.0.1"]
+dns_servers = ["{ca.dns}"]
+{more}
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    ask = Ask()
+    node = ServedNode(folder / "node", workers=2)
+    try:
+        with pebble(folder / "ca", node.http_port, node.https_port) as ca:
+            on_demand = f'\n[apps.on_demand]\nask = "{ask.url}"\ndomain_burst = 3\nnegative_ttl = "30s"\n'
+            web = make_app(node.folder, "web") + on_demand
+            node.write_config(certs_section(ca) + web + make_app(node.folder, "other"))
+            with node:
+                yield Site(node, ca, ask)
+    finally:
+        ask.close()
+
+
+def test_a_domain_that_is_added_is_trusted_seconds_later(site: Site) -> None:
+    began = time.monotonic()
+    status, detail = site.node.api("POST", "/v1/apps/web/certificates/acme", {"hostname": "Shop.Example.com."})
+    assert status == 201 and detail["hostname"] == "shop.example.com"
+    answer, leaf = site.visit("shop.example.com")  # the handshake waits for the certificate
+    took = time.monotonic() - began
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert "Pebble" in leaf.issuer.rfc4514_string()
+    assert took < 10, took
+    found = site.wait_active("shop.example.com")
+    (certificate,) = found["certificates"]
+    assert certificate["source"] == "fly" and certificate["issued"][0]["type"] == "ecdsa"
+
+
+@pytest.mark.parametrize("challenge", ["http-01", "tls-alpn-01"])
+def test_each_challenge_is_answered_by_the_edge_itself(site: Site, challenge: str) -> None:
+    host = f"{challenge}.example.org"
+    site.node.api("POST", "/v1/apps/web/certificates/acme", {"hostname": host, "challenge": challenge})
+    site.wait_active(host)
+    assert site.visit(host)[0].startswith(b"HTTP/1.1 200 ")
+    asked = site.ca.log.read_text()
+    assert f"{host}" in asked
+
+
+def test_a_name_of_another_app_is_refused(site: Site) -> None:
+    site.node.api("POST", "/v1/apps/web/certificates/acme", {"hostname": "mine.example.com"})
+    status, error = site.node.api("POST", "/v1/apps/other/certificates/acme", {"hostname": "mine.example.com"})
+    assert status == 409 and "web" in error["error"]
+    assert site.node.api("GET", "/v1/apps/other/certificates/mine.example.com")[0] == 404
+
+
+def test_a_domain_whose_dns_leads_elsewhere_waits_and_is_noticed(site: Site) -> None:
+    site.ca.set_a("later.example.com", "192.0.2.1")
+    site.node.api("POST", "/v1/apps/web/certificates/acme", {"hostname": "later.example.com"})
+    found = wait_for(
+        lambda: found if (found := site.show("later.example.com"))["validation_errors"] else None,
+        10,
+        lambda: "an error",
+    )
+    assert found["validation_errors"][0]["code"] == "not_pointed", found["validation_errors"]
+    with pytest.raises(ssl.SSLError):
+        site.visit("later.example.com")
+    site.ca.set_a("later.example.com", "127.0.0.1")
+    site.wait_active("later.example.com")
+    assert site.visit("later.example.com")[0].startswith(b"HTTP/1.1 200 ")
+
+
+def test_what_was_added_survives_a_killed_control_and_a_restart(site: Site) -> None:
+    site.node.api("POST", "/v1/apps/web/certificates/acme", {"hostname": "lasting.example.com"})
+    site.wait_active("lasting.example.com")
+    serial = site.visit("lasting.example.com")[1].serial_number
+    kill_control(site.node)
+    assert site.visit("lasting.example.com")[1].serial_number == serial  # with no control there
+    site.node.wait_ready()
+    assert site.visit("lasting.example.com")[1].serial_number == serial
+    site.node.stop()
+    site.node.start()
+    site.node.wait_ready()
+    answer, leaf = site.visit("lasting.example.com")
+    assert answer.startswith(b"HTTP/1.1 200 ") and leaf.serial_number == serial
+
+
+def test_a_removed_domain_is_served_no_more(site: Site) -> None:
+    site.node.api("POST", "/v1/apps/web/certificates/acme", {"hostname": "gone.example.com"})
+    site.wait_active("gone.example.com")
+    site.visit("gone.example.com")
+    assert site.node.api("DELETE", "/v1/apps/web/certificates/gone.example.com")[0] == 204
+
+    def refused() -> bool:
+        try:
+            site.visit("gone.example.com")
+        except ssl.SSLError:
+            return True
+        return False
+
+    wait_for(refused, 10, lambda: "the name to be refused")
+    assert site.node.api("GET", "/v1/apps/web/certificates/gone.example.com")[0] == 404
+
+
+def test_a_name_nobody_added_is_asked_for_once_and_issued_if_permitted(site: Site) -> None:
+    site.ask.permitted.add("tenant.example.net")
+    answer, leaf = site.visit("tenant.example.net")
+    assert answer.startswith(b"HTTP/1.1 200 ") and "Pebble" in leaf.issuer.rfc4514_string()
+    assert site.ask.asked.count("tenant.example.net") == 1
+    assert site.visit("tenant.example.net")[1] == leaf
+    for _ in range(5):
+        with pytest.raises(ssl.SSLError):
+            site.visit("stranger.example.net")
+    assert site.ask.asked.count("stranger.example.net") == 1
+
+
+def test_a_flood_of_invented_names_ends_at_the_bucket_of_their_domain(site: Site) -> None:
+    names = [f"n{number}.flood.example" for number in range(12)]
+    site.ask.permitted.update(names)
+    served = 0
+    for name in names:
+        began = time.monotonic()
+        try:
+            site.visit(name)
+            served += 1
+        except ssl.SSLError:
+            assert time.monotonic() - began < 1.0
+    assert served == 3
+
+
+def test_a_slow_ask_fails_the_handshake_in_time(site: Site) -> None:
+    site.ask.delay_s = 5.0
+    try:
+        began = time.monotonic()
+        with pytest.raises(ssl.SSLError):
+            site.visit("slow.example.biz")
+        assert time.monotonic() - began < 1.2
+    finally:
+        site.ask.delay_s = 0.0
