@@ -271,6 +271,8 @@ class _Case:
     def of_lookup(self) -> Iterator[Finding]:
         """The name could not be looked up, in whole or in part."""
         a, aaaa = self.look.a, self.look.aaaa
+        if self.look.dnssec_fault:
+            yield self._dnssec_broken(self.look.zone or "", f" {_sentence(self.look.dnssec_fault)}")
         if a.is_known and aaaa.is_known:
             return
         if a.is_known or aaaa.is_known:
@@ -325,14 +327,7 @@ class _Case:
                     " it is.",
                 )  # fmt: skip
             case Outcome.BOGUS:
-                return Finding(
-                    Code.DNSSEC_BROKEN, Severity.ERROR,
-                    f"DNSSEC of {zone} does not hold: resolvers that check signatures, as a CA's do, get no"
-                    f" answer.{said}",
-                    f"Have the zone signed anew, or have the registrar remove the DS records of {zone} (often left"
-                    f" from a"
-                    " former DNS provider).",
-                )  # fmt: skip
+                return self._dnssec_broken(zone, said)
             case Outcome.SERVFAIL:
                 return Finding(
                     Code.SERVFAIL, Severity.ERROR,
@@ -364,6 +359,14 @@ class _Case:
                     "Have the DNS provider see to its servers, or to what stands before them (a firewall that alters"
                     " DNS?).",
                 )  # fmt: skip
+
+    def _dnssec_broken(self, zone: str, said: str) -> Finding:
+        return Finding(
+            Code.DNSSEC_BROKEN, Severity.ERROR,
+            f"DNSSEC of {zone} does not hold: resolvers that check signatures, as a CA's do, get no answer.{said}",
+            f"Have the zone signed anew, or have the registrar remove the DS records of {zone} (often left from a"
+            " former DNS provider).",
+        )  # fmt: skip
 
     @property
     def _server_names(self) -> tuple[str, ...]:
@@ -743,6 +746,10 @@ _HINTS = {
     "rateLimited": "Wait; it is tried again by itself.",
     "rejectedIdentifier": "The CA does not issue for this name: use another CA, or another name.",
 }
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _owners(answer: Answer) -> tuple[str, ...]:

@@ -70,15 +70,20 @@ def parse_server(text: str) -> Server:
 
 async def ask(
     server: Server, name: dns.name.Name, rdtype: dns.rdatatype.RdataType, timeout_s: float, *, recurse: bool = False,
-    check_dnssec: bool = True,
+    is_signed: bool = False, check_dnssec: bool = True,
 ) -> Reply:  # fmt: skip
     """Ask once. Takes `timeout_s` at the most and raises nothing but CancelledError.
 
-    `recurse`: ask for recursion (RD), as resolvers need; `check_dnssec` False: ask a resolver for data that it could
-    not validate (CD).
+    `recurse`: ask for recursion (RD), as resolvers need; `is_signed`: for signatures as well (DO); `check_dnssec`
+    False: ask a resolver for data that it could not validate (CD).
     """
     query = dns.message.make_query(
-        name, rdtype, use_edns=0, payload=UDP_PAYLOAD_BYTES, id=random.SystemRandom().randrange(65_536)
+        name,
+        rdtype,
+        use_edns=0,
+        payload=UDP_PAYLOAD_BYTES,
+        want_dnssec=is_signed,
+        id=random.SystemRandom().randrange(65_536),
     )
     query.flags = (dns.flags.RD if recurse else 0) | (0 if check_dnssec else dns.flags.CD)
     try:

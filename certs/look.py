@@ -106,6 +106,7 @@ class Look:
     soa: str = ""
     nxdomain_above: str | None = None  # the zone that says that a name above the host's does not exist
     name_servers: tuple[NameServer, ...] = ()
+    dnssec_fault: str = ""  # what is wrong with the zone's signatures, "" if nothing is or there are none
     a_views: tuple[View, ...] = ()  # one for each name server that answered
     aaaa_views: tuple[View, ...] = ()
     cname_neighbours: tuple[str, ...] = ()  # types of other records that were seen where there is a CNAME

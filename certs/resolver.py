@@ -6,7 +6,7 @@ them. Where that way is closed, or there is a DNS of one's own, `servers` names 
 The net's answers are hostile until shown otherwise. One look has a bound in questions, time, CNAMEs and servers;
 referrals must lead downwards, extra records are taken only from who is in charge of them, and (but for `servers`) no
 question goes to an address that is not public, so that nobody's NS records make us knock on doors of our own network.
-Nothing is validated by DNSSEC; that a resolver found it broken is told.
+Nothing is believed for being signed; but that a zone's signatures are broken is told.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import asyncio
 import ipaddress
 import random
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -31,6 +32,7 @@ import dns.rdtypes.ANY.TXT
 import dns.rrset
 from dns.rdatatype import RdataType
 
+from certs import dnssec
 from certs.dns_question import Reply, Server, ask, parse_server, printable
 from certs.errors import LookupFailedError, NameRefusedError
 from certs.look import Answer, CaaRecord, CaaSet, Look, NameServer, Outcome, View
@@ -97,11 +99,13 @@ class Resolver:
     def __init__(
         self, servers: Sequence[str] = (), timeout_s: float = 3.0, *, total_s: float = 8.0, questions_most: int = 160,
         roots: Sequence[str] = ROOTS, port: int = 53, is_public_only: bool = True,
+        now: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         """`servers`, each "IP:PORT", are asked everything; without them the way leads from `roots`, all at `port`.
 
         `timeout_s` bounds one question, `total_s` a look. `is_public_only` False lets name servers have addresses of a
-        private network. Raises ValueError for a server or root that is not an address.
+        private network. `now` gives unix seconds, to judge signatures by. Raises ValueError for a server or root
+        that is not an address.
         """
         self._given = tuple(parse_server(one) for one in servers)
         self._roots = tuple(Server(str(ipaddress.ip_address(one)), port, "root server") for one in roots)
@@ -110,6 +114,7 @@ class Resolver:
         self._questions_most = questions_most
         self._port = port
         self._is_public_only = is_public_only
+        self.now = now
         self._remembered: dict[dns.name.Name, tuple[float, _Zone]] = {}
 
     def look(self, hostname: str) -> Look:
@@ -198,7 +203,7 @@ class _Run:
     until: float = 0.0
     families: frozenset[int] = frozenset()
     zones: dict[dns.name.Name, asyncio.Future[_Zone]] = field(default_factory=dict)
-    replies: dict[tuple[Server, dns.name.Name, RdataType], asyncio.Future[Reply]] = field(default_factory=dict)
+    replies: dict[tuple[Server, dns.name.Name, RdataType, bool], asyncio.Future[Reply]] = field(default_factory=dict)
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
 
     def __post_init__(self) -> None:
@@ -215,14 +220,14 @@ class _Run:
 
     # --- one server
 
-    async def ask(self, server: Server, name: dns.name.Name, rdtype: RdataType) -> Reply:
+    async def ask(self, server: Server, name: dns.name.Name, rdtype: RdataType, is_signed: bool = False) -> Reply:
         """One question to one server; asked twice it is sent once."""
-        key = (server, name, rdtype)
+        key = (server, name, rdtype, is_signed)
         if (known := self.replies.get(key)) is None:
-            known = self.replies[key] = asyncio.ensure_future(self._ask(server, name, rdtype))
+            known = self.replies[key] = asyncio.ensure_future(self._ask(server, name, rdtype, is_signed))
         return await asyncio.shield(known)
 
-    async def _ask(self, server: Server, name: dns.name.Name, rdtype: RdataType) -> Reply:
+    async def _ask(self, server: Server, name: dns.name.Name, rdtype: RdataType, is_signed: bool) -> Reply:
         async with self.turns:
             if self.questions >= self.resolver._questions_most:
                 return Reply(Outcome.GAVE_UP, detail=f"after {self.questions} questions")
@@ -230,7 +235,7 @@ class _Run:
             if timeout_s <= 0:
                 return Reply(Outcome.GAVE_UP, detail=f"after {self.resolver._total_s:.0f} s")
             self.questions += 1
-            reply = await ask(server, name, rdtype, timeout_s, recurse=self.is_given)
+            reply = await ask(server, name, rdtype, timeout_s, recurse=self.is_given, is_signed=is_signed)
             if reply.outcome is Outcome.SERVFAIL and self.is_given:
                 reply = await self._without_dnssec(server, name, rdtype, reply)
             return reply
@@ -257,7 +262,9 @@ class _Run:
 
     # --- one zone
 
-    async def ask_zone(self, zone: _Zone, name: dns.name.Name, rdtype: RdataType) -> tuple[Reply, Server | None]:
+    async def ask_zone(
+        self, zone: _Zone, name: dns.name.Name, rdtype: RdataType, is_signed: bool = False
+    ) -> tuple[Reply, Server | None]:
         """The first usable reply of a zone's servers, each asked when the one before it is slow or failed."""
         if not zone.servers:
             of = zone.text or "the root"
@@ -269,7 +276,7 @@ class _Run:
             while queue or running:
                 if queue:
                     server = queue.pop(0)
-                    running[asyncio.create_task(self._ask_again(server, name, rdtype, zone))] = server
+                    running[asyncio.create_task(self._ask_one(server, name, rdtype, zone, is_signed))] = server
                 done, _ = await asyncio.wait(
                     running, timeout=_HEDGE_S if queue else None, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -285,8 +292,10 @@ class _Run:
         reply, server = min(failed, key=lambda one: _FAILS.index(one[0].outcome))
         return reply, server
 
-    async def _ask_again(self, server: Server, name: dns.name.Name, rdtype: RdataType, zone: _Zone) -> Reply:
-        return self.usable(await self.ask(server, name, rdtype), zone, name)
+    async def _ask_one(
+        self, server: Server, name: dns.name.Name, rdtype: RdataType, zone: _Zone, is_signed: bool
+    ) -> Reply:
+        return self.usable(await self.ask(server, name, rdtype, is_signed), zone, name)
 
     # --- the way down
 
@@ -295,7 +304,8 @@ class _Run:
 
         Raises _Failed.
         """
-        zone = self._nearest(name)
+        # what is delegated, and by which keys it is signed, is the parent's to say (RFC 4035 §3.1.4.1)
+        zone = self._nearest(name.parent() if rdtype == RdataType.DS and name != dns.name.root else name)
         for _ in range(_REFERRALS_MOST):
             if zone.unsure:
                 zone = await self._settled(zone, depth)
@@ -476,18 +486,19 @@ async def _look(run: _Run, host: dns.name.Name) -> Look:
     if apex is not None and seen.outcome is Outcome.NXDOMAIN:
         above = apex
     zone = await run.servers_of(apex) if apex is not None else None
-    (a, aaaa, ownership, challenge), caa, servers, a_views, aaaa_views, soa = await asyncio.gather(
+    (a, aaaa, ownership, challenge, soa), caa, servers, a_views, aaaa_views, fault = await asyncio.gather(
         asyncio.gather(
             run.resolve(host, RdataType.A),
             run.resolve(host, RdataType.AAAA),
             _resolve_under(run, "_fly-ownership", base),
             _resolve_under(run, "_acme-challenge", base),
+            run.resolve(apex, RdataType.SOA) if apex is not None else _nothing(),
         ),
         _climb(run, base),
         _name_servers(run, zone),
         _views(run, zone, host, RdataType.A),
         _views(run, zone, host, RdataType.AAAA),
-        run.resolve(apex, RdataType.SOA) if apex is not None else _nothing(),
+        _dnssec_fault(run, zone),
     )
     return Look(
         hostname=_text(host),
@@ -500,6 +511,7 @@ async def _look(run: _Run, host: dns.name.Name) -> Look:
         soa=soa.values[0] if soa.values else "",
         nxdomain_above=None if above is None else _text(above),
         name_servers=servers,
+        dnssec_fault=fault,
         a_views=a_views,
         aaaa_views=aaaa_views,
         cname_neighbours=await _neighbours(run, zone, host, a, apex),
@@ -595,6 +607,27 @@ async def _neighbours(
     return tuple(beside)
 
 
+async def _dnssec_fault(run: _Run, zone: _Zone | None) -> str:
+    """What is wrong with the zone's signatures. A resolver that was given judges that itself, and fails."""
+    if zone is None or run.is_given or zone.apex == dns.name.root:
+        return ""
+    try:
+        _, reply, _ = await run.descend(zone.apex, RdataType.DS)
+    except _Failed:
+        return ""
+    ds = None if reply.message is None else _signed(reply.message, zone.apex, RdataType.DS)[0]
+    if ds is None:
+        return ""
+    (keys, _), (soa, _) = await asyncio.gather(
+        run.ask_zone(zone, zone.apex, RdataType.DNSKEY, is_signed=True),
+        run.ask_zone(zone, zone.apex, RdataType.SOA, is_signed=True),
+    )
+    if keys.message is None or soa.message is None:
+        return ""
+    signed = _signed(soa.message, zone.apex, RdataType.SOA)
+    return dnssec.fault(ds, _signed(keys.message, zone.apex, RdataType.DNSKEY), (signed,), run.resolver.now())
+
+
 async def _is_visible(run: _Run, name: dns.name.Name, value: str) -> bool:
     answer = await run.resolve(name, RdataType.TXT)
     if value not in _values(answer):
@@ -659,6 +692,14 @@ def _follow(
         if name in steps[:-1] or (limit is not None and not name.is_subdomain(limit)):
             break
     return None, steps
+
+
+def _signed(message: dns.message.Message, name: dns.name.Name, rdtype: RdataType) -> dnssec.Signed:
+    """The records of a type in an answer, and their signatures."""
+    return (
+        message.get_rrset(message.answer, name, dns.rdataclass.IN, rdtype),
+        message.get_rrset(message.answer, name, dns.rdataclass.IN, RdataType.RRSIG, rdtype),
+    )
 
 
 def _soa_owner(message: dns.message.Message, name: dns.name.Name) -> dns.name.Name | None:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import dns.dnssec
+import dns.zone
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from certs.resolver import Resolver
 from tests.support.bind import Bind, zone
 
@@ -21,6 +25,24 @@ _POINTS_HERE = f"@ A {NODE_V4}\n@ AAAA {NODE_V6}\nwww CNAME shop-app.edge.test.\
 
 def _delegated(name: str, *servers: str) -> str:
     return "\n".join(f"{name} NS n{i}.{name}\nn{i}.{name} A {address}" for i, address in enumerate(servers, 1))
+
+
+_KEYS = [(key := ec.generate_private_key(ec.SECP256R1()), dns.dnssec.make_dnskey(key.public_key(), 13)) for _ in "ab"]
+
+
+def _signed(name: str, until: int = 2_000_000_000, key: int = 0) -> str:
+    """A zone with signatures that hold until then (unix seconds)."""
+    made = dns.zone.from_text(zone(f"n1 A {NS1}\n@ A {NODE_V4}", ns="n1"), name, relativize=False)
+    with made.writer() as writer:
+        keys = [_KEYS[key]]
+        dns.dnssec.sign_zone(made, writer, keys, dnskey_ttl=60, inception=1_500_000_000, expiration=until)
+    text: str = made.to_text(relativize=False)
+    return text
+
+
+def _ds(name: str, key: int = 0) -> str:
+    ds = dns.dnssec.make_ds(f"{name}.test.", _KEYS[key][1], "SHA256")
+    return f"{_delegated(name, NS1)}\n{name} DS {ds.to_text()}\n"
 
 
 _ROOT = f"""
@@ -51,6 +73,10 @@ _TLD = "\n".join(
         # served by hosts in another zone, with no addresses here
         "glueless NS ns1.hoster.test.\nglueless NS ns2.hoster.test.\n",
         _delegated("hoster", NS1, NS2),
+        _ds("signed"),
+        _ds("expired"),
+        _ds("rolled", key=1),
+        _ds("unsigned"),
         # two zones that only their servers know to be two
         _delegated("deep", NS1),
     ]
@@ -128,6 +154,10 @@ SERVERS: dict[str, dict[str, str]] = {
         "caa.test": zone(_CAA + f"n1 A {NS1}", ns="n1"),
         "hoster.test": zone(f"n1 A {NS1}\nn2 A {NS2}\nns1 A {NS1}\nns2 A {NS2}", ns="n1 n2"),
         "glueless.test": zone(f"@ A {NODE_V4}", ns="ns1.hoster.test. ns2.hoster.test."),
+        "signed.test": _signed("signed.test"),
+        "expired.test": _signed("expired.test", until=1_700_000_000),
+        "rolled.test": _signed("rolled.test"),
+        "unsigned.test": zone(f"n1 A {NS1}\n@ A {NODE_V4}", ns="n1"),
         "deep.test": zone(f"n1 A {NS1}\nsub NS n1", ns="n1"),
         "sub.deep.test": zone(f"@ A {NODE_V4}\nwww A {NODE_V4}", ns="n1.deep.test."),
     },
