@@ -126,6 +126,7 @@ def _drip(query: dns.message.Message, transport: str) -> Iterable[Said]:
     return [b"\x00", b"\x40", *[b"x"] * 100]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -196,6 +197,7 @@ def test_a_flood_of_output_is_read_to_its_end_and_cut(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 5000
 
 
+@pytest.mark.slow
 def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:
     hook = ExecHook((script(tmp_path, f"cd {tmp_path}; (trap '' TERM; sleep 60) & echo begun; sleep 60"),), 0.5)
     began = time.monotonic()
@@ -223,6 +225,7 @@ def test_the_record_goes_where_the_cname_leads(net: Bind) -> None:
     assert challenge_name("dyn.test", resolver) == NAME
 
 
+@pytest.mark.slow
 @needs_bind
 def test_a_delegated_proof_is_set_and_seen_from_the_customers_name(tmp_path: Path) -> None:
     """The customer's zone never changes: its CNAME leads into the dynamic zone of ours."""
@@ -250,6 +253,7 @@ def test_a_circle_of_cnames_has_no_challenge_name(net: Bind, tmp_path: Path) -> 
         challenge_name("x.test", Resolver((server.at,), 1.0))
 
 
+@pytest.mark.slow
 @needs_bind
 def test_waiting_ends_when_the_lagging_server_has_the_value_too(tmp_path: Path) -> None:
     zones = {one: {"two.test": zone(f"n1 A {NS1}\nn2 A {NS2}", ns="n1 n2")} for one in (NS1, NS2)}

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
+import dns.edns
 import dns.flags
 import dns.message
 import dns.rcode
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from certs.diagnosis import Wanted, diagnose
 from certs.dns_question import parse_server
 from certs.errors import LookupFailedError, NameRefusedError
 from certs.look import Look, Outcome
 from certs.resolver import HOPS_MOST, Resolver
+from tests.support import pebble
 from tests.support.bind import Bind, needs_bind
 from tests.support.dns_script import Said, ScriptedDns, reply
 from tests.support.dns_world import ELSEWHERE, NODE_V4, NODE_V6, NS1, ROOT, SILENT, resolver_of, world
@@ -181,6 +187,7 @@ def test_a_name_server_at_a_private_address_is_not_asked(net: Bind) -> None:
     assert seen.a.detail == "no name server of test has an address to ask"
 
 
+@pytest.mark.slow
 @needs_bind
 def test_a_silent_server_costs_its_time_out_and_no_more(net: Bind) -> None:
     with ScriptedDns(lambda query, transport: (), address=SILENT, port=net.port) as silent:
@@ -285,6 +292,7 @@ def _other_records(query: dns.message.Message, transport: str) -> Iterable[Said]
     return [reply(query, "unasked.test. 1 IN TXT stolen")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "outcome"),
     [
@@ -311,6 +319,7 @@ def test_a_hostile_answer_ends_in_time_and_is_not_believed(answer: Answer, outco
     assert took_s < 3.0
 
 
+@pytest.mark.slow
 def test_a_look_has_a_bound_in_questions_and_time() -> None:
     with ScriptedDns(_endless) as server:
         deep = ".".join("abcdefghijklmnopqrstuvwxyz" * 3) + ".test"
@@ -340,3 +349,153 @@ def test_servers_are_read_with_and_without_port() -> None:
 def test_a_name_that_cannot_be_in_dns_is_refused() -> None:
     with pytest.raises(NameRefusedError):
         Resolver(("127.0.0.1:1",)).look("a" * 64 + ".test")
+
+
+# --- what only a scripted server, or another resolver, will do
+
+
+def test_a_cname_at_the_apex_is_seen_with_what_it_hides() -> None:
+    """BIND loads no such zone; some providers serve it all the same."""
+
+    def answer(query: dns.message.Message, transport: str) -> Iterable[Said]:
+        question = query.question[0]
+        name, rdtype = question.name.to_text(True), question.rdtype.name
+        if name == "apex.test" and rdtype not in ("SOA", "NS"):
+            return [reply(query, "apex.test. 60 IN CNAME shop.edge.test.")]
+        if name == "apex.test":
+            return [reply(query, "apex.test. 60 IN SOA ns.apex.test. a.apex.test. 1 1 1 1 1")]
+        if (name, rdtype) == ("shop.edge.test", "A"):
+            return [reply(query, f"shop.edge.test. 60 IN A {NODE_V4}")]
+        return [reply(query)]
+
+    with ScriptedDns(answer) as server:
+        seen = Resolver((server.at,), 1.0).look("apex.test")
+    assert (seen.zone, seen.cname, seen.a.values) == ("apex.test", "shop.edge.test", (NODE_V4,))
+    assert seen.cname_neighbours == ("SOA", "NS")
+
+
+def test_records_beside_a_cname_are_seen() -> None:
+    def answer(query: dns.message.Message, transport: str) -> Iterable[Said]:
+        match query.question[0].rdtype.name:
+            case "MX":
+                return [reply(query, "x.both.test. 60 IN MX 10 mail.both.test.")]
+            case "SOA":
+                return [reply(query, authority=["both.test. 60 IN SOA ns.both.test. a.both.test. 1 1 1 1 1"])]
+            case _:
+                return [reply(query, "x.both.test. 60 IN CNAME shop.edge.test.", f"shop.edge.test. 60 IN A {NODE_V4}")]
+
+    with ScriptedDns(answer) as server:
+        assert Resolver((server.at,), 1.0).look("x.both.test").cname_neighbours == ("MX",)
+
+
+def test_an_old_server_without_edns_is_asked_again_plainly() -> None:
+    def answer(query: dns.message.Message, transport: str) -> Iterable[Said]:
+        if query.edns >= 0:
+            refused = dns.message.Message(query.id)
+            refused.flags |= dns.flags.QR
+            refused.set_rcode(dns.rcode.FORMERR)
+            return [refused]
+        return [reply(query, "x.test. 1 IN TXT old")]
+
+    with ScriptedDns(answer) as server:
+        assert Resolver((server.at,), 1.0).txt("x.test") == ("old",)
+
+
+@pytest.mark.slow
+def test_a_packet_that_is_lost_is_sent_again() -> None:
+    asked = 0
+
+    def answer(query: dns.message.Message, transport: str) -> Iterable[Said]:
+        nonlocal asked
+        asked += 1
+        return [reply(query, "x.test. 1 IN TXT late")] if asked > 1 else []
+
+    with ScriptedDns(answer) as server:
+        assert Resolver((server.at,), 3.0).txt("x.test") == ("late",)
+
+
+def test_why_a_resolver_fails_is_told_as_it_says_it() -> None:
+    def answer(query: dns.message.Message, transport: str) -> Iterable[Said]:
+        failed = dns.message.make_response(query)
+        failed.set_rcode(dns.rcode.SERVFAIL)
+        failed.use_edns(0, options=[dns.edns.EDEOption(9, "no \x1b[31mDNSKEY")])
+        return [failed]
+
+    with ScriptedDns(answer) as server:
+        seen = Resolver((server.at,), 1.0).look("x.test")
+    assert seen.a.outcome is Outcome.BOGUS
+    assert r"answered SERVFAIL (dnskey missing: no \x1b[31mDNSKEY)" in seen.a.detail
+
+
+@needs_bind
+def test_records_of_a_zone_are_taken_from_its_own_servers_only(net: Bind) -> None:
+    """A server that leads a CNAME into another's zone may not tell what is there."""
+
+    def answer(query: dns.message.Message, transport: str) -> Iterable[Said]:
+        return [reply(query, "silent.test. 1 IN CNAME good.test.", "good.test. 1 IN A 198.51.100.66")]
+
+    with ScriptedDns(answer, address=SILENT, port=net.port):
+        seen = resolver_of(net).look("silent.test")
+    assert (seen.a.chain, seen.a.values, seen.a.zone) == (("good.test",), (NODE_V4,), "good.test")
+
+
+@needs_bind
+def test_a_referral_that_leads_up_or_sideways_is_lame(net: Bind) -> None:
+    def answer(query: dns.message.Message, transport: str) -> Iterable[Said]:
+        return [reply(query, authority=["test. 1 IN NS ns.nic.test.", ". 1 IN NS ns.root."], is_authoritative=False)]
+
+    with ScriptedDns(answer, address=SILENT, port=net.port) as server:
+        seen = resolver_of(net).look("silent.test")
+    assert seen.a.outcome is Outcome.LAME
+    assert len(server.asked) < 15
+
+
+@needs_bind
+def test_referrals_without_end_are_given_up(net: Bind) -> None:
+    def answer(query: dns.message.Message, transport: str) -> Iterable[Said]:
+        labels = query.question[0].name.to_text(True).split(".")
+        ns = [f"{'.'.join(labels[-3:])}. 1 IN NS n{n}.nowhere{n}{query.id}.test." for n in range(8)]
+        return [reply(query, authority=ns, is_authoritative=False)]
+
+    with ScriptedDns(answer, address=SILENT, port=net.port):
+        began = time.monotonic()
+        seen = resolver_of(net, total_s=3.0).look("a.b.c.silent.test")
+    assert seen.a.outcome in (Outcome.UNREACHABLE, Outcome.GAVE_UP)
+    assert seen.questions <= 170 and time.monotonic() - began < 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pebble.is_installed(), reason="needs Pebble (Debian: pebble)")
+def test_the_challenge_test_server_of_pebble_is_understood(tmp_path: Path) -> None:
+    """It knows A, AAAA, CNAME, TXT and CAA, and no zones."""
+    with pebble.pebble(tmp_path, 1, 1) as ca:
+        ca.set_cname("_acme-challenge.shop.test", "x1.acme.test")
+        ca.set_txt("x1.acme.test", "proof")
+        ca.set_servfail("failing.test")
+        resolver = Resolver((ca.dns,), 1.0)
+        seen = resolver.look("shop.test")
+        assert (seen.a.values, seen.zone, seen.caa.outcome) == (("127.0.0.1",), None, Outcome.NO_DATA)
+        assert (seen.challenge.values, seen.challenge.chain) == (("proof",), ("x1.acme.test",))
+        assert resolver.is_visible("_acme-challenge.shop.test", "proof")
+        assert resolver.cname_end("_acme-challenge.shop.test") == "x1.acme.test"
+        assert resolver.look("failing.test").a.outcome is Outcome.SERVFAIL
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_bytes_from_a_server_bring_a_look_down(data: st.DataObject) -> None:
+    flips = data.draw(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), max_size=12))
+
+    def answer(query: dns.message.Message, transport: str) -> Iterable[Said]:
+        good = reply(query, f"x.test. 1 IN A {NODE_V4}", "x.test. 1 IN CAA 0 issue ca.example", "x.test. 1 IN TXT t",
+                     authority=["test. 1 IN NS ns.test.", "test. 1 IN SOA ns.test. a.test. 1 1 1 1 1"])  # fmt: skip
+        wire = bytearray(good.to_wire())
+        for at, byte in flips:
+            wire[2 + at % (len(wire) - 2)] = byte
+        return [len(wire).to_bytes(2, "big") + bytes(wire) if transport == "tcp" else bytes(wire)]
+
+    with ScriptedDns(answer) as server:
+        seen = Resolver((server.at,), 0.05, total_s=0.3).look("x.test")
+    assert repr(seen).isprintable()
+    diagnose(seen, Wanted("x.test", (NODE_V4,), (NODE_V6,), "y.test", caa_identities=("ca.example",)), 0.0)
