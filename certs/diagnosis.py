@@ -1,8 +1,8 @@
 """What is wrong with a domain, if anything, and which records put it right.
 
 Pure: a Look and what is wanted in, text out. Severities go by certificates: an error keeps a CA from issuing, or is
-sure to before long; a warning costs clients, or may go wrong; information is for choosing. The first finding is the one
-to act on.
+sure to before long; a warning costs clients, or may go wrong, or hides what there is from this node alone; information
+is for choosing. The first finding is the one to act on.
 """
 
 from __future__ import annotations
@@ -297,13 +297,13 @@ class _Case:
         match failed.outcome:
             case Outcome.TIMEOUT | Outcome.UNREACHABLE if not self.look.is_authoritative:
                 return Finding(
-                    Code.DNS_UNREACHABLE, Severity.ERROR,
+                    Code.DNS_UNREACHABLE, Severity.WARNING,
                     f"The DNS servers that this node is set to ask ({_some(self.look.asked)}) do not answer.{said}",
                     "See whether these run and let this node in, or change dns_servers in [certs].",
                 )  # fmt: skip
             case Outcome.TIMEOUT | Outcome.UNREACHABLE if not failed.zone or "." not in failed.zone:
                 return Finding(
-                    Code.DNS_UNREACHABLE, Severity.ERROR,
+                    Code.DNS_UNREACHABLE, Severity.WARNING,
                     f"This node cannot ask the name servers of {failed.zone or 'the root'}, so it does not know what"
                     f" DNS"
                     f" says of {self.host}.{said}",
@@ -348,7 +348,7 @@ class _Case:
                 )  # fmt: skip
             case Outcome.GAVE_UP:
                 return Finding(
-                    Code.TOO_MUCH, Severity.ERROR,
+                    Code.TOO_MUCH, Severity.WARNING,
                     f"The look for {self.host} was given up {failed.detail}: it takes too many questions or too long.",
                     "Try again; if it stays so, see to slow or dead name servers on the way to the name.",
                 )  # fmt: skip

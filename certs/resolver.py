@@ -171,7 +171,9 @@ class Resolver:
         async def main() -> _T:
             return await work(_Run(self), at)
 
-        return asyncio.run(main())
+        # a plain loop whatever the process has elsewhere: the looks of many threads want no more of it
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            return runner.run(main())
 
     def start(self, families: frozenset[int]) -> _Zone:
         """Where to begin: the root, or the servers that were given."""
