@@ -6,6 +6,9 @@ address, by which named chooses the zones to answer from.
     with Bind(tmp_path, {"127.77.0.1": {".": ROOT}, "127.77.0.2": {"example.test": zone("www A 192.0.2.1")}}) as bind:
         ... bind.port, bind.at("127.77.0.2")
 
+With `is_resolver` each answers for all of its zones at once, CNAMEs from one to another followed; a zone "." of its own
+keeps it from asking anyone.
+
 Zones are text. Those named in `dynamic` take updates that are signed with any of `keys` (TSIG name -> base64 secret).
 """
 
@@ -37,7 +40,7 @@ options {{
     pid-file none; session-keyfile "{folder}/session.key"; lock-file none;
     managed-keys-directory "{folder}"; bindkeys-file "{folder}/none"; geoip-directory none;
     listen-on port {port} {{ 127.0.0.1; }}; listen-on-v6 {{ none; }};
-    recursion no; dnssec-validation no; empty-zones-enable no; notify no; check-names primary ignore;
+    recursion {recursion}; dnssec-validation no; empty-zones-enable no; notify no; check-names primary ignore;
     allow-transfer {{ none; }}; minimal-responses no; rate-limit {{ responses-per-second 0; }};
     {options}
 }};
@@ -56,7 +59,7 @@ class Bind:
 
     def __init__(
         self, folder: Path, servers: Mapping[str, Mapping[str, str]], *, keys: Mapping[str, str] | None = None,
-        dynamic: Collection[str] = (), algorithm: str = "hmac-sha256", options: str = "",
+        dynamic: Collection[str] = (), algorithm: str = "hmac-sha256", options: str = "", is_resolver: bool = False,
         environment: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.folder = folder
@@ -67,7 +70,7 @@ class Bind:
         self._process: subprocess.Popen[bytes] | None = None
         self._relays: list[_Relay] = []
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [_HEAD.format(folder=folder, port=self.port, options=options)]
+        lines = [_HEAD.format(folder=folder, port=self.port, options=options, recursion="yes" if is_resolver else "no")]
         for name, secret in self.keys.items():
             lines.append(f'key "{name}" {{ algorithm {algorithm}; secret "{secret}"; }};')
         updaters = " ".join(f'key "{name}";' for name in self.keys)

@@ -81,11 +81,13 @@ def pebble(
     environment: Mapping[str, str] | None = None,
     mac_keys: Mapping[str, str] | None = None,
     quick: bool = True,
+    dns_server: str | None = None,
 ) -> Iterator[Pebble]:
     """Start a CA that looks for HTTP-01 at `http_port` and for TLS-ALPN-01 at `tls_port` of 127.0.0.1.
 
-    `mac_keys`: external accounts it insists on. `quick`: it does not wait before it looks. It refuses one good nonce in
-    twenty and uses half of its authorizations again, as it does by itself, unless `environment` says otherwise.
+    `mac_keys`: external accounts it insists on. `quick`: it does not wait before it looks. `dns_server` ("IP:PORT"):
+    what it asks instead of the challenge test server. It refuses one good nonce in twenty and uses half of its
+    authorizations again, as it does by itself, unless `environment` says otherwise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     authority = trustme.CA()
@@ -113,7 +115,8 @@ def pebble(
         for command in (
             ["pebble-challtestsrv", "-defaultIPv4", "127.0.0.1", "-defaultIPv6", "", "-http01", "", "-https01", "",
              "-tlsalpn01", "", "-dns01", f"127.0.0.1:{dns}", "-management", f"127.0.0.1:{dns_management}"],
-            ["pebble", "-strict", "-config", str(folder / "pebble.json"), "-dnsserver", f"127.0.0.1:{dns}"],
+            ["pebble", "-strict", "-config", str(folder / "pebble.json"),
+             "-dnsserver", dns_server or f"127.0.0.1:{dns}"],
         ):  # fmt: skip
             process = subprocess.Popen(command, env=own_environment, stdout=output, stderr=subprocess.STDOUT)
             stack.callback(_end, process)
