@@ -260,6 +260,19 @@ def _flood(query: dns.message.Message, transport: str) -> Iterable[Said]:
     return [reply(query, *records)]
 
 
+def _many(query: dns.message.Message, transport: str) -> Iterable[Said]:
+    """1200 records of 13 bytes, each with a name that is read in 120 steps."""
+    if transport == "udp":
+        return _cut_short_for_ever(query, transport)
+    question = query.to_wire()[12 : 12 + len("x.test") + 2 + 4]
+    owner = b"".join(b"\x01" + bytes([97 + n % 26]) for n in range(120)) + b"\x00"
+    record = b"\x00\x10\x00\x01\x00\x00\x00\x01\x00\x01\x00"
+    pointer = (0xC000 | 12 + len(question)).to_bytes(2, "big")
+    counts = b"\x00\x01" + (1201).to_bytes(2, "big") + bytes(4)
+    wire = query.id.to_bytes(2, "big") + b"\x84\x00" + counts + question + owner + record + (pointer + record) * 1200
+    return [len(wire).to_bytes(2, "big") + wire]
+
+
 def _drip(query: dns.message.Message, transport: str) -> Iterable[Said]:
     if transport == "udp":
         return _cut_short_for_ever(query, transport)
@@ -301,6 +314,7 @@ def _other_records(query: dns.message.Message, transport: str) -> Iterable[Said]
         (_garbage, Outcome.MALFORMED),
         (_cut_short_for_ever, Outcome.NO_DATA),
         (_flood, Outcome.MALFORMED),
+        (_many, Outcome.MALFORMED),
         (_drip, Outcome.TIMEOUT),
         (_promised_more, Outcome.MALFORMED),
         (_loop, Outcome.LOOP),
