@@ -99,6 +99,7 @@ class Keeper:
         self._heap: list[tuple[float, str]] = []
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._on_demand_under_way = 0
+        self._runs: dict[str, OrderRun] = {}
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}
         self._wake = asyncio.Event()
         self._orders = asyncio.Semaphore(AT_ONCE)
@@ -197,6 +198,23 @@ class Keeper:
         await asyncio.to_thread(self._store.put, certificate_key(domain.name, Source.CUSTOM), certificate.to_pem())
         domain.held = {**domain.held, Source.CUSTOM: held_of(certificate, key, now)}
         await self.add(domain)
+
+    def renew(self, name: str) -> None:
+        """Order new certificates at once, whatever the schedule says."""
+        domain = self._domains.get(name)
+        if domain is not None:
+            now = self._now()
+            for source, held in domain.held.items():
+                if source is not Source.CUSTOM:
+                    ask_at = now + _ARI_RETRY_S if held.ask_ari_at else 0.0
+                    domain.held[source] = msgspec.structs.replace(held, renew_at=now, ask_ari_at=ask_at)
+            self.look(name)
+
+    def progress(self, name: str) -> tuple[str, float] | None:
+        """The step that the name's order is at and since when (unix seconds), while one is under way."""
+        run = self._runs.get(name)
+        record = run.record if run is not None else None
+        return (record.step.value, record.step_at) if record is not None else None
 
     def lost(self, name: str, source: Source, why: CertificateError) -> None:
         """A certificate cannot be read any more: it is ordered anew."""
@@ -369,6 +387,7 @@ class Keeper:
             await self._keep(domain, source, key_type, certificate)
 
         async with self._orders:
+            self._runs[domain.name] = run
             try:
                 await run.run(Want(names, key_type, self.policy.profile, replaces, avoid), keep)
             except AcmeError as error:
@@ -378,6 +397,7 @@ class Keeper:
                         domain.avoid = (*(one for one in domain.avoid if one != error.challenge), error.challenge)
                 raise
             finally:
+                del self._runs[domain.name]
                 if run.asked:
                     await asyncio.to_thread(self._budget.spend, Event.ORDER, "")
         await asyncio.to_thread(self._spend_certificate, domain.name)

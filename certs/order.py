@@ -221,6 +221,11 @@ class OrderRun:
             _log.warning("the record of an order was changed by another: %s", error)
 
     @property
+    def record(self) -> OrderRecord | None:
+        """The journal, once there is one."""
+        return self._record
+
+    @property
     def _known(self) -> OrderRecord:
         assert self._record is not None
         return self._record

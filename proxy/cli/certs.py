@@ -154,6 +154,29 @@ def import_certificate(api: Api, name: str, app: str | None, fullchain: str, pri
     say(f"\nthen: {_command('check', domain.name)}")
 
 
+def renew(api: Api, name: str, app: str | None, wait_s: float, as_json: bool) -> None:
+    domain, before = _get(api, _find(api, name, app))
+    detail = _ask_to(f"renew {name}", api, f"{domain.path}/renew")
+    deadline = time.monotonic() + wait_s
+    with waiting(f"waiting for a new certificate of {domain.name}", quiet=as_json):
+        while wait_s > 0 and _serials(detail) == _serials(before):
+            if time.monotonic() >= deadline:
+                raise CliError(
+                    f"{domain.name} has its old certificate after {wait_s:g} s ({_progress(detail)}); the node goes on "
+                    f"trying. See `{_command('show', domain.name)}`."
+                )
+            time.sleep(_FIRST_LOOK_S)
+            domain, detail = _get(api, domain)
+    if as_json:
+        print_json(detail)
+    else:
+        say(f"{domain.name}: {'renewed' if wait_s > 0 else 'a new certificate is ordered'}")
+
+
+def _serials(detail: Detail) -> list[Any]:
+    return [one.get("serial") for one in detail["certificates"] if one.get("source") == "fly"]
+
+
 def remove(api: Api, name: str, app: str | None, kind: str | None, yes: bool, as_json: bool) -> None:
     """`kind`: "custom", "acme", or None for the name and all it has."""
     domain, _ = _get(api, _find(api, name, app))

@@ -542,6 +542,15 @@ def certs_import(
     import_certificate(ask.node, hostname, app_name, fullchain, private_key, ask.json)
 
 
+@certs_app.command("renew")
+@asking
+def certs_renew(ask: Ask, hostname: HostnameArgument, app_name: AppFilter = None, wait: Wait = 60.0) -> None:
+    """Order a new managed certificate now, as when a key may have leaked; the present one is shown meanwhile."""
+    from proxy.cli.certs import renew
+
+    renew(ask.node, hostname, app_name, wait, ask.json)
+
+
 @certs_app.command("remove")
 @certs_app.command("delete", hidden=True)
 @asking

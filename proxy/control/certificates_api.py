@@ -67,6 +67,9 @@ class Certificates(Protocol):
     async def check(self, app: str, hostname: str) -> Json:
         """Detail and `dns_records`, and `findings`: {code, severity, message, remedy, records, remove}."""
 
+    async def renew(self, app: str, hostname: str) -> Json:
+        """Detail; a new managed certificate is ordered at once, the present one is shown meanwhile."""
+
     async def remove(self, app: str, hostname: str, kind: str | None) -> Json | None:
         """The name with all it has (None), or its "custom" or "acme" certificate: then what is left, a detail."""
 
@@ -99,6 +102,7 @@ class CertificatesApi:
             web.post(mine + "/custom", self._import),
             web.get(one, self._get),
             web.post(one + "/check", self._check),
+            web.post(one + "/renew", self._renew),
             web.delete(one, self._remove),
             web.delete(one + "/acme", self._remove_acme),
             web.delete(one + "/custom", self._remove_custom),
@@ -153,6 +157,9 @@ class CertificatesApi:
 
     async def _check(self, request: web.Request) -> web.Response:
         return json_answer(await self._certificates.check(self._app(request), self._hostname(request)))
+
+    async def _renew(self, request: web.Request) -> web.Response:
+        return json_answer(await self._certificates.renew(self._app(request), self._hostname(request)), 202)
 
     async def _remove(self, request: web.Request) -> web.Response:
         await self._certificates.remove(self._app(request), self._hostname(request), None)

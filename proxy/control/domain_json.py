@@ -37,8 +37,8 @@ def summary_json(domain: Domain, now: float) -> Json:
         "has_custom_certificate": Source.CUSTOM in domain.held,
         "has_fly_certificate": ours or Source.RSA in domain.held,
         "origin": domain.origin,
-        "created_at": _iso(domain.added_at),
-        "updated_at": _iso(domain.updated_at),
+        "created_at": iso(domain.added_at),
+        "updated_at": iso(domain.updated_at),
     }
 
 
@@ -52,7 +52,7 @@ def detail_json(domain: Domain, now: float, requirements: Json) -> Json:
                 "code": trouble.problem or trouble.failure.value,
                 "message": trouble.detail,
                 "remediation": _REMEDIES[trouble.failure],
-                "timestamp": _iso(trouble.at),
+                "timestamp": iso(trouble.at),
             }
         )
     limited = trouble is not None and trouble.failure is Failure.RATE_LIMITED
@@ -63,7 +63,7 @@ def detail_json(domain: Domain, now: float, requirements: Json) -> Json:
         "acme_requested": domain.is_acme_wanted,
         "status": summary["status"],
         "dns_provider": None,
-        "rate_limited_until": _iso(trouble.next_try_at) if trouble is not None and limited else None,
+        "rate_limited_until": iso(trouble.next_try_at) if trouble is not None and limited else None,
         "certificates": _certificates(domain, now),
         "validation": {
             "dns_configured": summary["acme_dns_configured"],
@@ -75,7 +75,7 @@ def detail_json(domain: Domain, now: float, requirements: Json) -> Json:
         "validation_errors": errors,
         "origin": domain.origin,
         "challenge": domain.challenge or None,
-        "next_try_at": _iso(trouble.next_try_at) if trouble is not None else None,
+        "next_try_at": iso(trouble.next_try_at) if trouble is not None else None,
         "created_at": summary["created_at"],
         "updated_at": summary["updated_at"],
     }
@@ -111,13 +111,13 @@ def _one(source: str, status: str, held: list[Held]) -> Json:
     return {
         "source": source,
         "status": status,
-        "created_at": _iso(held[0].obtained_at),
-        "expires_at": _iso(min(one.expires_at for one in held)),
+        "created_at": iso(held[0].obtained_at),
+        "expires_at": iso(min(one.expires_at for one in held)),
         "issuer": held[0].issuer,
         "issued": [
-            {"type": one.key, "expires_at": _iso(one.expires_at), "certificate_authority": one.issuer} for one in held
+            {"type": one.key, "expires_at": iso(one.expires_at), "certificate_authority": one.issuer} for one in held
         ],
-        "renew_at": _iso(min((one.renew_at for one in held if one.renew_at), default=0.0)),
+        "renew_at": iso(min((one.renew_at for one in held if one.renew_at), default=0.0)),
         "serial": held[0].serial,
     }
 
@@ -148,9 +148,9 @@ def forecast_json(domain: Domain, now: float, key_types: int) -> Json:
         "hostname": domain.name,
         "app": domain.app,
         "source": {Source.CUSTOM: "custom", None: None}.get(source, "fly"),
-        "expires_at": _iso(held.expires_at) if held is not None else None,
-        "renew_at": _iso(renew_at),
-        "next_at": _iso(next_at) if next_at != float("inf") else None,
+        "expires_at": iso(held.expires_at) if held is not None else None,
+        "renew_at": iso(renew_at),
+        "next_at": iso(next_at) if next_at != float("inf") else None,
         "next_action": action,
         "will_fail": will_fail,
         "reason": reason,
@@ -203,7 +203,7 @@ _REMEDIES = {
 }
 
 
-def _iso(at: float) -> str | None:
+def iso(at: float) -> str | None:
     if not at:
         return None
     return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -42,7 +42,7 @@ from certs.store import SealedStore
 from proxy.clock import Clock, spawn
 from proxy.config import CertsSection
 from proxy.control.certificates_api import DomainRefused, Rows
-from proxy.control.domain_json import check_json, detail_json, forecast_json, internal_json, summary_json
+from proxy.control.domain_json import check_json, detail_json, forecast_json, internal_json, iso, summary_json
 from proxy.control.on_demand import OnDemand
 from proxy.control.plan import AppPlan, NodePlan
 from proxy.control.presenter import CertificateFile, Presenter
@@ -421,7 +421,8 @@ class Domains:
     def _detail(self, domain: Domain) -> Json:
         assert self._keeper is not None
         detail = detail_json(domain, self._clock.unix(), self._requirements(domain))
-        detail["order"] = {"step": "under way"} if self._keeper.is_under_way(domain.name) else None
+        progress = self._keeper.progress(domain.name)
+        detail["order"] = {"step": progress[0], "since": iso(progress[1])} if progress is not None else None
         if not self._is_kept(domain.name):
             detail.update(internal_json(self.faults.get(domain.name)))
         return detail
@@ -529,6 +530,14 @@ class Domains:
         if checked.diagnosis.is_ready or checked.diagnosis.ownership_proven_by is not None:
             self._keeper.look(hostname)
         return self._detail(domain) | check_json(checked.look, checked.diagnosis)
+
+    async def renew(self, app: str, hostname: str) -> Json:
+        domain = self._found(app, hostname)
+        assert self._keeper is not None
+        if not domain.is_acme_wanted:
+            raise DomainRefused("conflict", f"{hostname} has no managed certificate to renew")
+        self._keeper.renew(hostname)
+        return self._detail(domain)
 
     async def remove(self, app: str, hostname: str, kind: str | None) -> Json | None:
         domain = self._found(app, hostname)
