@@ -89,20 +89,20 @@ def pebble(
     environment: Mapping[str, str] | None = None,
     mac_keys: Mapping[str, str] | None = None,
     quick: bool = True,
-    ports: tuple[int, int, int, int] | None = None,
+    dns_server: str | None = None,
 ) -> Iterator[Pebble]:
     """Start a CA that looks for HTTP-01 at `http_port` and for TLS-ALPN-01 at `tls_port` of 127.0.0.1.
 
-    `mac_keys`: external accounts it insists on. `quick`: it does not wait before it looks. It refuses one good nonce in
-    twenty and uses half of its authorizations again, as it does by itself, unless `environment` says otherwise.
-    `ports`: of its API, its management, the test DNS and that one's management; else any that are free.
+    `mac_keys`: external accounts it insists on. `quick`: it does not wait before it looks. `dns_server` ("IP:PORT"):
+    what it asks instead of the challenge test server. It refuses one good nonce in twenty and uses half of its
+    authorizations again, as it does by itself, unless `environment` says otherwise.
 
     Raises RuntimeError if it does not start, with the end of its log.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ca_file, key_file = folder / "api-ca.pem", folder / "api-key.pem"
     _make_certificate(ca_file, key_file)
-    api, management, dns, dns_management = ports or free_ports(4)
+    api, management, dns, dns_management = free_ports(4)
     settings: dict[str, object] = {
         "listenAddress": f"{_ADDRESS}:{api}",
         "managementListenAddress": f"{_ADDRESS}:{management}",
@@ -122,7 +122,8 @@ def pebble(
         for command in (
             ["pebble-challtestsrv", "-defaultIPv4", _ADDRESS, "-defaultIPv6", "", "-http01", "", "-https01", "",
              "-tlsalpn01", "", "-dns01", f"{_ADDRESS}:{dns}", "-management", f"{_ADDRESS}:{dns_management}"],
-            ["pebble", "-strict", "-config", str(folder / "pebble.json"), "-dnsserver", f"{_ADDRESS}:{dns}"],
+            ["pebble", "-strict", "-config", str(folder / "pebble.json"),
+             "-dnsserver", dns_server or f"{_ADDRESS}:{dns}"],
         ):  # fmt: skip
             process = subprocess.Popen(
                 command, env=own_environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
