@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from dataclasses import replace
 
 import pytest
@@ -432,6 +433,11 @@ def test_errors_come_before_warnings_before_information() -> None:
         rate_limited_until=NOW + 60,
     )
     assert codes(diagnosis) == ["caa_forbids", "points_elsewhere", "rate_limited", "ownership_missing"]
+
+
+def test_every_cause_is_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "custom-domains.md").read_text()
+    assert [code.value for code in Code if f"`{code}`" not in text] == []
 
 
 def test_the_requirements_are_the_records_to_show() -> None:

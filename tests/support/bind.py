@@ -9,7 +9,8 @@ address, by which named chooses the zones to answer from.
 With `is_resolver` each answers for all of its zones at once, CNAMEs from one to another followed; a zone "." of its own
 keeps it from asking anyone.
 
-Zones are text. Those named in `dynamic` take updates that are signed with any of `keys` (TSIG name -> base64 secret).
+Zones are text. Those named in `dynamic` take updates of TXT records, signed with any of `keys` (TSIG name -> base64
+secret).
 """
 
 from __future__ import annotations
@@ -73,14 +74,15 @@ class Bind:
         lines = [_HEAD.format(folder=folder, port=self.port, options=options, recursion="yes" if is_resolver else "no")]
         for name, secret in self.keys.items():
             lines.append(f'key "{name}" {{ algorithm {algorithm}; secret "{secret}"; }};')
-        updaters = " ".join(f'key "{name}";' for name in self.keys)
+        # as docs/custom-domains.md tells people to
+        updaters = " ".join(f'grant "{name}" zonesub TXT;' for name in self.keys)
         for number, (address, zones) in enumerate(sorted(servers.items(), key=lambda one: one[0] == HOME)):
             clients = "any" if address == HOME else address
             lines.append(f'view "{number}" {{ match-clients {{ {clients}; }};')
             for name, text in zones.items():
                 file = folder / f"{number}-{name.strip('.') or 'root'}.zone"
                 file.write_text(text)
-                update = f"allow-update {{ {updaters} }};" if name in dynamic and updaters else ""
+                update = f"update-policy {{ {updaters} }};" if name in dynamic and updaters else ""
                 lines.append(f'zone "{name}" {{ type primary; file "{file}"; {update} }};')
             lines.append("};")
         (folder / "named.conf").write_text("\n".join(lines) + "\n")
