@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from certs.diagnosis import Wanted, diagnose
+from certs.dns_message import HOPS_MOST
 from certs.dns_question import parse_server
 from certs.errors import LookupFailedError, NameRefusedError
 from certs.look import Look, Outcome
-from certs.resolver import HOPS_MOST, Resolver
+from certs.resolver import Resolver
 from tests.support import pebble
 from tests.support.bind import Bind, needs_bind
 from tests.support.dns_script import Said, ScriptedDns, reply
