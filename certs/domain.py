@@ -72,11 +72,14 @@ class Domain(msgspec.Struct):
     proven_at: float = 0.0  # ownership, for a custom certificate
     used_at: float = 0.0  # of a name on demand: when a certificate was last asked for
 
-    def next_at(self, now: float, key_types: int) -> float:
-        """When it is to be looked at again: `now` or before if it is at once; infinity if nothing is to be done."""
+    def next_at(self, now: float, key_types: int, is_ordered: bool = True) -> float:
+        """When it is to be looked at again: `now` or before if it is at once; infinity if nothing is to be done.
+
+        `is_ordered`: whether the CA is asked for this name at all (keeper.Policy.is_ordered).
+        """
         times = [held.expires_at for source, held in self.held.items() if source is Source.CUSTOM]
         times = [at for at in times if at > now]
-        if self.is_acme_wanted or self.needs_proof:
+        if (self.is_acme_wanted and is_ordered) or self.needs_proof:
             if self.trouble is not None:
                 times.append(self.trouble.next_try_at)
             elif self.needs_proof or sum(source is not Source.CUSTOM for source in self.held) < key_types:

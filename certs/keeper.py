@@ -62,6 +62,7 @@ class Policy:
 
     key_types: tuple[KeyType, ...] = (KeyType.ECDSA,)
     profile: str = ""
+    is_ordered: Callable[[str], bool] = lambda name: True  # names that the CA is asked for; others are only kept
     prove_patience_s: float = 180.0
     finalize_patience_s: float = 180.0
 
@@ -280,7 +281,7 @@ class Keeper:
         await self.client.close()
 
     def _next_at(self, domain: Domain, now: float) -> float:
-        return domain.next_at(now, len(self.policy.key_types))
+        return domain.next_at(now, len(self.policy.key_types), self.policy.is_ordered(domain.name))
 
     def _schedule(self, domain: Domain) -> None:
         at = self._next_at(domain, self._now())
@@ -327,7 +328,7 @@ class Keeper:
                     raise AcmeError(Failure.NOT_POINTED, missing)
                 domain.proven_at = now
                 await self._show(domain)
-            if not domain.is_acme_wanted:
+            if not domain.is_acme_wanted or not self.policy.is_ordered(domain.name):
                 return
             for key_type in self.policy.key_types:
                 await self._see_to(domain, key_type)

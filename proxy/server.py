@@ -29,7 +29,7 @@ import msgspec
 import uvloop
 
 from certs import CertificateError
-from certs.names import normalise
+from certs.names import custom_domain
 from proxy import clock, config, ipc, namespace
 from proxy.control.api import Api
 from proxy.control.apps import Apps, Changes
@@ -184,7 +184,7 @@ class Server:
         self.metrics = Metrics(memory, self)
         self.api = Api(self, self.apps, self.fleet, self.store, self.metrics, self._clock, ctx.plan.data_dir)
         self.api.checks_of = self.checks.checks_of
-        self.api.certificates = CertificatesApi(self.domains, normalise, lambda app: self.apps.get(app) is not None)
+        self.api.certificates = CertificatesApi(self.domains, custom_domain, lambda app: self.apps.get(app) is not None)
         self.idle = IdleWatch(
             self.fleet, memory, self._clock, self.apps.pools, plan.region, self._autostop_interval_s, _make_socket
         )

@@ -124,7 +124,7 @@ class Domains:
             ca_file=certs.acme_ca_file, email=certs.acme_email, external_account=external,
         )  # fmt: skip
         budget = Budget(self._store, self._clock.unix, limits_of(certs.acme_directory))
-        policy = Policy(tuple(KeyType(one) for one in certs.key_types), certs.acme_profile)
+        policy = Policy(tuple(KeyType(one) for one in certs.key_types), certs.acme_profile, self._is_acme)
         keeper = Keeper(
             self._client, self._store, budget, _Around(self), self._clock.unix, self._node,
             policy=policy, rng=self._rng,
@@ -266,7 +266,7 @@ class Domains:
 
     async def provide(self, name: str) -> str | None:
         """See that the certificate file has a record that serves this name; None, or why it cannot."""
-        is_known = name in self._configured or self._record_of(name) is not None
+        is_known = self._internal_of(name) is not None or self._record_of(name) is not None
         if not is_known and not self._on_demand.is_on:
             return f"no app here answers to {name}"
         try:
@@ -276,8 +276,8 @@ class Domains:
             return "certificates cannot be made now"
         if not is_known and (refusal := await self._admit(name)) is not None:
             return refusal
-        if self._record_of(name) is None:
-            return await self._provide_internal(name)
+        if self._record_of(name) is None and (own := self._internal_of(name)) is not None:
+            return await self._provide_internal(own)
         return await self._provide_kept(name)
 
     def _record_of(self, name: str) -> Domain | None:
@@ -285,9 +285,23 @@ class Domains:
         if self._keeper is None:
             return None
         own = self._keeper.get(name)
-        if own is not None and (own.is_acme_wanted or own.held):
+        if own is not None and (own.is_acme_wanted or own.held) and not self._is_internal(own):
             return own
-        return self._keeper.get("*." + name.partition(".")[2])
+        wildcard = self._keeper.get("*." + name.partition(".")[2])
+        return None if wildcard is None or self._is_internal(wildcard) else wildcard
+
+    def _internal_of(self, name: str) -> str | None:
+        """The name that the internal CA makes a certificate of, to serve a host name: its own, or its wildcard's."""
+        for one in (name, "*." + name.partition(".")[2]):
+            domain = self._keeper.get(one) if self._keeper is not None else None
+            if one in self._configured or (domain is not None and self._is_internal(domain)):
+                return one
+        return None
+
+    def _is_internal(self, domain: Domain) -> bool:
+        """Whether the internal CA's certificate is what a kept name has: no other is asked, and none is there."""
+        is_wanted = domain.is_acme_wanted or domain.name in self._configured
+        return is_wanted and not self._is_acme(domain.name) and domain.served(self._clock.unix()) is None
 
     async def _provide_internal(self, name: str) -> str | None:
         assert self._manager is not None and self._file is not None
@@ -372,6 +386,9 @@ class Domains:
         """Put what the domain serves into the certificate file, or take out what it no longer does."""
         assert self._keeper is not None and self._file is not None
         changed = False
+        if self._is_internal(domain):
+            await self._provide_internal(domain.name)
+            return
         source = domain.served(self._clock.unix())
         if source is None:
             changed = await self._file.remove(domain.name)
@@ -392,8 +409,10 @@ class Domains:
         """Internal names come first when they change, and are looked over for renewals every hour."""
         while True:
             self._changed.clear()
-            for name in sorted(self._configured):
-                if self._record_of(name) is None and not name.startswith("*."):
+            assert self._keeper is not None
+            added = [one.name for one in self._keeper.all() if self._is_internal(one)]
+            for name in sorted({*self._configured, *added}):
+                if self._record_of(name) is None and (name in added or not name.startswith("*.")):
                     await self._provide_internal(name)
                 await asyncio.sleep(0)
             with contextlib.suppress(TimeoutError):
@@ -405,14 +424,22 @@ class Domains:
     def list(self, app: str | None) -> Rows:
         now = self._clock.unix()
         found = [
-            summary_json(one, now) for one in (self._keeper.all() if self._keeper is not None else ())
+            self._summary(one, now) for one in (self._keeper.all() if self._keeper is not None else ())
             if app is None or one.app == app
         ]  # fmt: skip
         named = {one["hostname"] for one in found}
         for name, plan in self._configured.items():
             if name not in named and (app is None or plan.name == app):
-                found.append(summary_json(self._internal(name, plan.name), now))
+                found.append(self._summary(self._internal(name, plan.name), now))
         return sorted(found, key=lambda one: str(one["hostname"]))
+
+    def _summary(self, domain: Domain, now: float) -> Json:
+        summary = summary_json(domain, now)
+        if self._is_internal(domain) and not domain.held:
+            has_one = domain.name not in self.faults
+            status = "active" if has_one else "pending_validation"
+            summary.update(configured=has_one, has_fly_certificate=has_one, status=status)
+        return summary
 
     def get(self, app: str, hostname: str) -> Json:
         domain = self._found(app, hostname)
@@ -423,7 +450,7 @@ class Domains:
         detail = detail_json(domain, self._clock.unix(), self._requirements(domain))
         progress = self._keeper.progress(domain.name)
         detail["order"] = {"step": progress[0], "since": iso(progress[1])} if progress is not None else None
-        if not self._is_kept(domain.name):
+        if not self._is_kept(domain.name) or (self._is_internal(domain) and not domain.held):
             detail.update(internal_json(self.faults.get(domain.name)))
         return detail
 
@@ -475,6 +502,8 @@ class Domains:
         except (CertificateError, OSError) as error:
             raise DomainRefused("unavailable", f"{hostname} cannot be kept: {error}") from error
         await self.on_hostnames(AppName(app))
+        if self._is_internal(domain):
+            await self._provide_internal(hostname)  # what fails is in the detail, and tried again
         return self._detail(domain)
 
     async def _added(self, app: str, hostname: str) -> Domain:
@@ -524,7 +553,7 @@ class Domains:
         assert self._keeper is not None
         if self._presenter is None:
             raise DomainRefused("unavailable", "certificates cannot be managed now: see `wakefront status`")
-        if not self._is_kept(hostname):
+        if not self._is_kept(hostname) or (self._is_internal(domain) and not domain.held):
             return self._detail(domain) | {"dns_records": None, "findings": []}
         checked = await self._presenter.check(domain)
         if checked.diagnosis.is_ready or checked.diagnosis.ownership_proven_by is not None:
@@ -567,7 +596,11 @@ class Domains:
         if self._keeper is None:
             return []
         now = self._clock.unix()
-        found = [forecast_json(one, now, len(self._certs.key_types)) for one in self._keeper.all()]
+        found = [
+            forecast_json(one, now, len(self._certs.key_types))
+            for one in self._keeper.all()
+            if not self._is_internal(one)
+        ]
         return sorted(found, key=lambda one: (not one["will_fail"], one["next_at"] or float("inf")))
 
     async def roll_account_key(self) -> Json:
@@ -597,6 +630,7 @@ class Domains:
         now = self._clock.unix()
         domains = self._keeper.all() if self._keeper is not None else []
         served = [one for one in domains if one.served(now) is not None]
+        internal = sum(self._is_internal(one) and one.name not in self.faults for one in domains)
         ends = [held.expires_at for one in served if (source := one.served(now)) and (held := one.held[source])]
         troubled = [one for one in domains if one.trouble is not None]
         warnings = [
@@ -611,7 +645,7 @@ class Domains:
             warnings.append(f"this host's clock is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} the CA's")
         return {
             "names": len(domains),
-            "with_certificate": len(served),
+            "with_certificate": len(served) + internal,
             "failing": len(troubled),
             "soonest_expiry": min(ends, default=None),
             "warnings": warnings[:20],
@@ -626,7 +660,9 @@ class Domains:
         keeper = self._keeper
         return CertificateFacts(
             served=len(ends),
-            waiting=sum(one.is_acme_wanted and one.served(now) is None for one in domains),
+            waiting=sum(
+                one.is_acme_wanted and one.served(now) is None and not self._is_internal(one) for one in domains
+            ),
             failing=dict(failing),
             soonest_expiry=min(ends, default=0.0),
             obtained=keeper.obtained if keeper is not None else 0,
