@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dns.edns
@@ -198,6 +200,20 @@ def test_a_silent_server_costs_its_time_out_and_no_more(net: Bind) -> None:
     assert (seen.a.outcome, seen.zone) == (Outcome.TIMEOUT, "silent.test")
     assert "did not answer within 0.3 s" in seen.a.detail
     assert silent.asked and took_s < 3
+
+
+@needs_bind
+@pytest.mark.slow
+def test_many_threads_look_at_once_and_leave_nothing_open(net: Bind) -> None:
+    resolver = resolver_of(net, timeout_s=5.0, total_s=20.0)
+    names = ["good.test", "www.good.test", "nope.test", "loop1.wrong.test", "halflame.test", "signed.test"] * 5
+    alone = [resolver.look(name) for name in names[:6]]
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(resolver.look, names))
+    assert len(os.listdir("/proc/self/fd")) == before
+    for number, seen in enumerate(together):
+        assert (seen.a, seen.caa, seen.zone) == (alone[number % 6].a, alone[number % 6].caa, alone[number % 6].zone)
 
 
 # --- resolvers that were given
