@@ -20,17 +20,29 @@ def status_of(domain: Domain, now: float) -> str:
     return "pending_ownership" if domain.needs_proof else "pending_validation"
 
 
-def summary_json(domain: Domain, now: float) -> Json:
+def _is_ready(domain: Domain, is_under_way: bool) -> bool:
+    """Whether DNS is as the CA wants it, as far as is known: an order is begun only once it leads here."""
+    failure = domain.trouble.failure if domain.trouble is not None else None
+    return Source.ACME in domain.held or is_under_way or failure in _BEYOND_DNS
+
+
+def summary_json(domain: Domain, now: float, is_under_way: bool = False) -> Json:
+    """`is_under_way`: whether an order for it is."""
     ours = Source.ACME in domain.held
-    tried = domain.avoid
+    ready = _is_ready(domain, is_under_way)
+    by_dns = domain.challenge == "dns-01" or domain.name.startswith("*.")
+    able = {
+        way: ready and not by_dns and domain.challenge in ("", way) and way not in domain.avoid
+        for way in ("tls-alpn-01", "http-01")
+    }
     return {
         "hostname": domain.name,
         "app": domain.app,
         "status": status_of(domain, now),
         "dns_provider": None,
-        "acme_dns_configured": ours and domain.challenge == "dns-01",
-        "acme_alpn_configured": ours and "tls-alpn-01" not in tried,
-        "acme_http_configured": ours and "http-01" not in tried,
+        "acme_dns_configured": ready and by_dns,
+        "acme_alpn_configured": able["tls-alpn-01"],
+        "acme_http_configured": able["http-01"],
         "ownership_txt_configured": bool(domain.proven_at),
         "configured": domain.served(now) is not None,
         "acme_requested": domain.is_acme_wanted,
@@ -42,8 +54,8 @@ def summary_json(domain: Domain, now: float) -> Json:
     }
 
 
-def detail_json(domain: Domain, now: float, requirements: Json) -> Json:
-    summary = summary_json(domain, now)
+def detail_json(domain: Domain, now: float, requirements: Json, is_under_way: bool = False) -> Json:
+    summary = summary_json(domain, now, is_under_way)
     trouble = domain.trouble
     errors = []
     if trouble is not None:
@@ -187,6 +199,10 @@ def check_json(look: Look, diagnosis: Diagnosis) -> Json:
     }
 
 
+# What an order may fail with once DNS was found to lead here.
+_BEYOND_DNS = frozenset(
+    {Failure.NETWORK, Failure.SERVER, Failure.RATE_LIMITED, Failure.STUCK, Failure.WRONG_CERTIFICATE}
+)
 _LASTING = frozenset({Failure.REFUSED, Failure.NOT_POINTED, Failure.ACCOUNT})
 _REMEDIES = {
     Failure.NETWORK: "Check that this node reaches the CA (acme_directory of [certs]). It is tried again by itself.",

@@ -434,7 +434,8 @@ class Domains:
         return sorted(found, key=lambda one: str(one["hostname"]))
 
     def _summary(self, domain: Domain, now: float) -> Json:
-        summary = summary_json(domain, now)
+        under_way = self._keeper is not None and self._keeper.progress(domain.name) is not None
+        summary = summary_json(domain, now, under_way)
         if self._is_internal(domain) and not domain.held:
             has_one = domain.name not in self.faults
             status = "active" if has_one else "pending_validation"
@@ -447,8 +448,8 @@ class Domains:
 
     def _detail(self, domain: Domain) -> Json:
         assert self._keeper is not None
-        detail = detail_json(domain, self._clock.unix(), self._requirements(domain))
         progress = self._keeper.progress(domain.name)
+        detail = detail_json(domain, self._clock.unix(), self._requirements(domain), progress is not None)
         detail["order"] = {"step": progress[0], "since": iso(progress[1])} if progress is not None else None
         if not self._is_kept(domain.name) or (self._is_internal(domain) and not domain.held):
             detail.update(internal_json(self.faults.get(domain.name)))
