@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from certs.errors import CertificateError, PackInUseError
+from certs.errors import CertificateError, PackInUseError, SealBrokenError
 from certs.seal import Seal
 
 _MAGIC = b"wakefront pack 1\n"
@@ -80,7 +80,7 @@ class PackWriter:
         """
         digest = _digest(chain_pem, key_pem)
         known = self._places.get(name)
-        if known is not None and known.digest == digest:
+        if known is not None and known.digest == digest and self._opens(name, known):
             return False
         encoded = name.encode()
         sealed = self._seal.close(_CHAIN.pack(len(chain_pem)) + chain_pem + key_pem, name)
@@ -91,6 +91,15 @@ class PackWriter:
         self._live += len(body) + _FRAME.size - self._weight(known)
         self._places[name] = _Place(self._end - len(body), len(body), digest)
         self._compact_if_stale()
+        return True
+
+    def _opens(self, name: str, place: _Place) -> bool:
+        """Whether readers can make something of the record: the disk may have altered it, or it has another secret."""
+        body = os.pread(self._fd, place.length, place.offset)
+        try:
+            self._seal.open(body[_BODY.size + len(name.encode()) :], name)
+        except SealBrokenError:
+            return False
         return True
 
     def remove(self, name: str) -> bool:

@@ -9,6 +9,7 @@ the wire (versions, suites, renegotiation) is decided here, since a connection k
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 
 # Fly's suites (spec network §5). The RSA forms are there for imported RSA certificates; an ECDSA leaf never picks them.
 # TLS 1.3 has its three suites by default.
@@ -18,24 +19,26 @@ CIPHERS = (
 )
 
 
-def new_base_context() -> ssl.SSLContext:
-    """A server context without a certificate: TLS 1.2 and 1.3, one ticket a handshake, no renegotiation."""
+def new_base_context(highest: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED) -> ssl.SSLContext:
+    """A server context without a certificate: TLS 1.2 and up, one ticket a handshake, no renegotiation."""
     context = _server_context()
+    context.maximum_version = highest
     # Each ticket costs 15 us, and a browser that opens several connections gets one on each.
     context.num_tickets = 1
     return context
 
 
-def new_leaf_context(pem_path: str, alpn: tuple[str, ...]) -> ssl.SSLContext:
-    """A context that lends its certificate and its ALPN list to connections made from the base context.
+def new_leaf_context(pem_paths: Sequence[str], alpn: tuple[str, ...]) -> ssl.SSLContext:
+    """A context that lends its certificates and its ALPN list to connections made from the base context.
 
-    `pem_path` holds chain and key, one after the other. ALPN must be set here: after the swap the list of the base
-    context counts no longer.
+    Each of `pem_paths` holds chain and key, one after the other; of an ECDSA and an RSA one each client gets the one it
+    can verify. ALPN must be set here: after the swap the list of the base context counts no longer.
 
     Raises ssl.SSLError if chain or key do not parse or do not belong together.
     """
     context = _server_context()
-    context.load_cert_chain(pem_path)
+    for path in pem_paths:
+        context.load_cert_chain(path)
     if alpn:
         context.set_alpn_protocols(list(alpn))
     return context

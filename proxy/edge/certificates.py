@@ -111,7 +111,7 @@ class Certificates:
             try:
                 record = self._records.exact(f"tls-alpn-01/{name}")
                 if record is not None:
-                    return _context_from_pem(*record, ("acme-tls/1",))
+                    return _context_from_pem((record,), ("acme-tls/1",))
             except (ValueError, OSError) as error:
                 raise ProxyError(Code.TLS_INTERNAL, detail=f"challenge of {name}: {error}") from error
         raise ProxyError(Code.TLS_NO_CERTIFICATE, Source.DOWNSTREAM, detail=f"no TLS-ALPN-01 challenge for {name}")
@@ -161,7 +161,7 @@ class Certificates:
         """
         try:
             for name in self._records.refresh():
-                self._contexts.pop(name, None)
+                self._contexts.pop(name.removeprefix("rsa/"), None)
                 self._refused.pop(name, None)
         except (OSError, ValueError) as error:
             _log.error("the certificate file cannot be read: %s", error)
@@ -181,9 +181,13 @@ class Certificates:
             record = self._records.get(match)
             if record is None:
                 raise ValueError("the record has gone")
-            context = _context_from_pem(*record, self._alpn)
+            beside = self._records.exact(f"rsa/{match}")  # for clients that cannot verify the other
+            context = _context_from_pem((record,) if beside is None else (record, beside), self._alpn)
         except (ValueError, OSError) as error:  # ssl.SSLError is an OSError
             _log.error("the certificate of %s is unusable: %s", match, error)
+            if not self._is_refused(match):
+                self._refuse(match, "its record is unusable")
+                self._ask(match)  # control writes it again
             raise ProxyError(Code.TLS_INTERNAL, detail=f"certificate of {match}: {error}") from error
         self._contexts[match] = context
         if len(self._contexts) > self._capacity:
@@ -205,11 +209,14 @@ class Certificates:
         self._refused[name] = (self._now() + _NEGATIVE_TTL_S, why)
 
 
-def _context_from_pem(chain_pem: bytes, key_pem: bytes, alpn: tuple[str, ...]) -> ssl.SSLContext:
-    """`load_cert_chain` takes paths only: the key is shown to it in memory, never on a disk."""
-    descriptor = os.memfd_create("certificate", os.MFD_CLOEXEC)
+def _context_from_pem(records: tuple[tuple[bytes, bytes], ...], alpn: tuple[str, ...]) -> ssl.SSLContext:
+    """`load_cert_chain` takes paths only: keys are shown to it in memory, never on a disk."""
+    descriptors: list[int] = []
     try:
-        os.write(descriptor, chain_pem + key_pem)
-        return new_leaf_context(f"/proc/self/fd/{descriptor}", alpn)
+        for chain_pem, key_pem in records:
+            descriptors.append(os.memfd_create("certificate", os.MFD_CLOEXEC))
+            os.write(descriptors[-1], chain_pem + key_pem)
+        return new_leaf_context([f"/proc/self/fd/{one}" for one in descriptors], alpn)
     finally:
-        os.close(descriptor)
+        for one in descriptors:
+            os.close(one)

@@ -26,7 +26,7 @@ from proxy.state import (
     W_TLS_RESUMED,
     W_TLS_TIME_US,
 )
-from proxy.wire.client_hello import ClientHello
+from proxy.wire.client_hello import PROTOCOL_VERSION, TLS_1_3, ClientHello, HelloError
 
 if TYPE_CHECKING:
     import ssl
@@ -165,11 +165,14 @@ class Listener:
 
     # --- TLS
 
-    def _on_hello(self, hello: ClientHello, peer: Any) -> None:
-        """Refuse names that nobody serves here; start the app that a name means if it sleeps."""
+    def _on_hello(self, hello: ClientHello, peer: Any) -> bool:
+        """Refuse names that nobody serves here; start the app that a name means if it sleeps.
+
+        Returns whether the app's port offers nothing above TLS 1.2.
+        """
         if hello.alpn == ACME_TLS:  # a CA looks: it wakes nobody, and the name may have no app on this port
             self._count_handshake(plain_ip(peer))
-            return
+            return False
         app = self._edge.table.find(hello.server_name or "")
         port = app.ports.get(self.public_port) if app is not None else None
         is_new = app is None and self._edge.settings.on_demand and hello.server_name is not None
@@ -178,14 +181,19 @@ class Listener:
         ip = plain_ip(peer)
         self._count_handshake(ip)
         if app is None or port is None:
-            return  # control decides, when the certificate is asked for
+            return False  # control decides, when the certificate is asked for
         if app.gate is not None and not app.gate.handshake(ip, self._edge.wheel.now):
             raise ProxyError(Code.TLS_RATE_SOURCE, detail=f"{ip} begins handshakes more often than {app.name} allows")
+        versions = port.record.tls_versions
+        if versions == ("TLSv1.3",) and TLS_1_3 not in hello.versions:
+            raise HelloError(PROTOCOL_VERSION, f"{app.name} speaks TLS 1.3 alone, the client does not")
+        is_old = versions == ("TLSv1.2",)
         service = port.service
         if service.running or not service.record.autostart or app.record.wake_on is not WakeOn.HELLO:
-            return
+            return is_old
         if not app.wake_filter.ignores_source(ip) and not (app.gate is not None and app.gate.denies(ip)):
             self._hint(app, service.record.processes, ip)
+        return is_old
 
     def _count_handshake(self, ip: str) -> None:
         if not self._edge.sources.may_shake_hands(ip):

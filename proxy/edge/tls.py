@@ -30,6 +30,7 @@ from typing import Any, Final, Protocol, cast
 
 from proxy import clock
 from proxy.errors import Code, ProxyError
+from proxy.tickets import new_base_context
 from proxy.wire.client_hello import (
     ACCESS_DENIED,
     INTERNAL_ERROR,
@@ -100,7 +101,7 @@ class TlsEvents(Protocol):
         """A connection has ended whose handshake was never over."""
 
 
-OnHello = Callable[[ClientHello, Any], None]
+OnHello = Callable[[ClientHello, Any], bool | None]
 ACME_TLS: Final = (b"acme-tls/1",)  # the whole ALPN list of a CA that looks for a challenge (RFC 8737 §3)
 
 
@@ -108,10 +109,12 @@ class TlsAcceptor:
     """What all connections of a listener share; calling it makes the protocol for one more.
 
     `on_hello(hello, peername)` is called as soon as the hello is read, before any other work; it refuses by raising
-    ProxyError. `inner_factory(transport, hello)` is called when the handshake is done.
+    ProxyError or HelloError, and has nothing above TLS 1.2 negotiated by returning True.
+    `inner_factory(transport, hello)` is called when the handshake is done.
     """
 
     __slots__ = (
+        "_old_base",
         "base",
         "events",
         "handshake_timeout_s",
@@ -135,6 +138,7 @@ class TlsAcceptor:
         shutdown_timeout_s: float = 2.0,
     ) -> None:
         self.base = base
+        self._old_base: ssl.SSLContext | None = None
         self.source = source
         self.inner_factory = inner_factory
         self.on_hello = on_hello
@@ -145,6 +149,12 @@ class TlsAcceptor:
 
     def __call__(self) -> TlsConnection:
         return TlsConnection(self)
+
+    def old_base(self) -> ssl.SSLContext:
+        """For ports that offer TLS 1.2 alone; its tickets are this worker's own."""
+        if self._old_base is None:
+            self._old_base = new_base_context(ssl.TLSVersion.TLSv1_2)
+        return self._old_base
 
 
 class _State(enum.Enum):
@@ -162,6 +172,7 @@ class TlsConnection(asyncio.Protocol):
         "_hello",
         "_hello_at",
         "_incoming",
+        "_is_old",
         "_object",
         "_outer",
         "_outgoing",
@@ -184,6 +195,7 @@ class TlsConnection(asyncio.Protocol):
         self._state = _State.HELLO
         self._reader: HelloReader | None = HelloReader()
         self._hello: ClientHello | None = None
+        self._is_old = False  # nothing above TLS 1.2
         self._hello_at = 0.0
         self._received = bytearray()  # what came while the certificate was waited for
 
@@ -224,13 +236,16 @@ class TlsConnection(asyncio.Protocol):
         self._hello = hello
         self._hello_at = clock.monotonic()
         try:
-            self._acceptor.on_hello(hello, self._peer)
+            self._is_old = bool(self._acceptor.on_hello(hello, self._peer))
             if hello.alpn == ACME_TLS:
                 self._start_handshake(self._acceptor.source.challenge(hello.server_name))
                 return
             context = self._acceptor.source.find(hello.server_name)
         except ProxyError as error:
             self._refuse(error.code, _alert_for(error.code), error.detail)
+            return
+        except HelloError as unwanted:
+            self._refuse(Code.TLS_FAILED, unwanted.alert, str(unwanted))
             return
         if context is not None:
             self._start_handshake(context)
@@ -256,7 +271,8 @@ class TlsConnection(asyncio.Protocol):
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         # Made from the base context, whose ticket keys every worker has, and only then lent the leaf's certificate.
-        self._object = self._acceptor.base.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        base = self._acceptor.old_base() if self._is_old else self._acceptor.base
+        self._object = base.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._object.context = leaf
         self._state = _State.HANDSHAKE
         self._handshake(first)

@@ -60,8 +60,8 @@ _SERVICE: Final = {
 }
 _TLS_OPTIONS: Final = {
     "tls_options.alpn": _HTTP2,
-    "tls_options.versions": "TLS 1.2 and 1.3 are offered on every port",
-    "tls_options.default_self_signed": "a certificate from the internal CA is shown instead",
+    "tls_options.versions": USED,
+    "tls_options.default_self_signed": USED,
 }
 _HTTP_OPTIONS: Final = {
     "http_options.idle_timeout": USED,

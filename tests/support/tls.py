@@ -130,7 +130,7 @@ class Server:
 async def serve(
     folder: Path,
     inner: Callable[[], asyncio.Protocol] = Echo,
-    on_hello: Callable[[ClientHello, Any], None] | None = None,
+    on_hello: Callable[[ClientHello, Any], bool | None] | None = None,
     names: tuple[str, ...] = (NAME,),
     **settings: float,
 ) -> AsyncIterator[Server]:
@@ -147,11 +147,12 @@ async def serve(
         connections[:] = [one for one in connections if one._outer is not transport._outer]
         return made
 
-    def hear(hello: ClientHello, peer: Any) -> None:
+    def hear(hello: ClientHello, peer: Any) -> bool | None:
         server.hellos.append(hello)
         server.hello_came.set()
         if on_hello is not None:
-            on_hello(hello, peer)
+            return on_hello(hello, peer)
+        return None
 
     certificates = Certificates(reader, lambda name: server.asked.append(name), time.monotonic)
     acceptor = TlsAcceptor(new_base_context(), certificates, make_inner, hear, loop, events, **settings)

@@ -71,7 +71,7 @@ class Echo(asyncio.Protocol):
 
 async def serve(base: ssl.SSLContext, leaf_path: str, listener: socket.socket) -> asyncio.Server:
     loop = asyncio.get_running_loop()
-    source = OneLeaf(new_leaf_context(leaf_path, ("http/1.1",)))
+    source = OneLeaf(new_leaf_context((leaf_path,), ("http/1.1",)))
     acceptor = TlsAcceptor(base, source, lambda *_: Echo(), lambda *_: None, loop, NoEvents())
     return await loop.create_server(acceptor, sock=listener, backlog=1024)
 
