@@ -77,8 +77,7 @@ class Domain(msgspec.Struct):
 
         `is_ordered`: whether the CA is asked for this name at all (keeper.Policy.is_ordered).
         """
-        times = [held.expires_at for source, held in self.held.items() if source is Source.CUSTOM]
-        times = [at for at in times if at > now]
+        times = [held.expires_at for held in self.held.values() if held.expires_at > now]
         if (self.is_acme_wanted and is_ordered) or self.needs_proof:
             if self.trouble is not None:
                 times.append(self.trouble.next_try_at)

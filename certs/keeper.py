@@ -41,6 +41,7 @@ ON_DEMAND_AT_ONCE = 4
 _LONGEST_SLEEP_S = 60.0  # the clock may be set
 _HELD_RETRY_S = 5.0  # another node has the order
 _ARI_RETRY_S = 6 * 3600.0
+_LEAST_AGE_S = 600.0  # of a certificate that the CA suggests to renew
 
 
 class Surroundings(Presenter, Protocol):
@@ -101,6 +102,7 @@ class Keeper:
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._on_demand_under_way = 0
         self._runs: dict[str, OrderRun] = {}
+        self._shown: dict[str, Source | None] = {}  # what each name was last said to serve
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}
         self._wake = asyncio.Event()
         self._orders = asyncio.Semaphore(AT_ONCE)
@@ -127,6 +129,7 @@ class Keeper:
         for domain, revision in await asyncio.to_thread(read):
             self._domains[domain.name] = domain
             self._revisions[domain.name] = revision
+            self._shown[domain.name] = domain.served(self._now())  # the caller shows what there is at the start
             self._schedule(domain)
         return faults
 
@@ -177,6 +180,7 @@ class Keeper:
         if (task := self._under_way.get(name)) is not None:
             task.cancel()
             await asyncio.wait({task})
+            await asyncio.sleep(0)  # for what follows its end
         keys = [certificate_key(name, source) for source in sources]
         if Source.ACME in tuple(sources):
             keys += [order_key(name, kind) for kind in KeyType]
@@ -186,6 +190,7 @@ class Keeper:
         if forget:
             self._domains.pop(name, None)
             self._revisions.pop(name, None)
+            self._shown.pop(name, None)
             await asyncio.to_thread(self._store.delete, domain_key(name))
         elif domain is not None:
             domain.held = {source: held for source, held in domain.held.items() if source not in tuple(sources)}
@@ -281,6 +286,8 @@ class Keeper:
         await self.client.close()
 
     def _next_at(self, domain: Domain, now: float) -> float:
+        if self._shown.get(domain.name) is not domain.served(now):
+            return domain.trouble.next_try_at if domain.trouble is not None else now
         return domain.next_at(now, len(self.policy.key_types), self.policy.is_ordered(domain.name))
 
     def _schedule(self, domain: Domain) -> None:
@@ -317,12 +324,9 @@ class Keeper:
 
     async def _attend(self, domain: Domain) -> None:
         now = self._now()
-        custom = domain.held.get(Source.CUSTOM)
-        if custom is not None and custom.expires_at <= now:
-            await self._show(domain)  # ours takes its place
         try:
-            if domain.trouble is not None and domain.trouble.failure is Failure.STORAGE and domain.held:
-                await self._show(domain)  # that may have been what failed
+            if self._shown.get(domain.name) is not domain.served(now):
+                await self._show(domain)  # a certificate has ended, and another takes its place; or it failed before
             if domain.needs_proof:
                 if missing := await self._around.is_owned(domain):
                     raise AcmeError(Failure.NOT_POINTED, missing)
@@ -439,7 +443,8 @@ class Keeper:
         renew_at = due_at(held.valid_from, held.expires_at, window, f"{domain.name} {held.serial}")
         domain.held[source] = msgspec.structs.replace(
             held,
-            renew_at=renew_at,
+            # a CA that would have everything renewed at once, always, is not asked to in a circle
+            renew_at=max(renew_at, held.obtained_at + _LEAST_AGE_S),
             ask_ari_at=info.ask_again_at if info is not None else 0.0,
             ari_explanation=window.explanation if window is not None else "",
         )
@@ -449,6 +454,7 @@ class Keeper:
             await self._around.on_certificate(domain)
         except (CertificateError, OSError) as error:
             raise AcmeError(Failure.STORAGE, f"the certificate of {domain.name} cannot be shown: {error}") from error
+        self._shown[domain.name] = domain.served(self._now())
 
     def _note(self, domain: Domain, error: AcmeError) -> None:
         """Remember what went wrong, and when it is tried again."""

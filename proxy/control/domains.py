@@ -167,8 +167,12 @@ class Domains:
             self._presenter.close()
         self._presenter = Presenter(
             self._certs, self._ports, self._file, self._clock, self._client.caa_identities,
-            lambda app: f"{app}.{self._domain}",
+            lambda app: f"{app}.{self._domain}", self._domain, self._account_url,
         )  # fmt: skip
+
+    def _account_url(self) -> str:
+        account = self._client.account if self._client is not None else None
+        return account.url if account is not None else ""
 
     async def _show_all(self) -> None:
         """What the store has and the certificate file does not: after a kill in between, or a file that was lost."""

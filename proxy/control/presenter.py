@@ -28,7 +28,7 @@ from proxy.config import CertsSection, DnsHookSection
 
 log = logging.getLogger(__name__)
 
-_THREADS = 8
+_THREADS = 4
 
 T = TypeVar("T")
 
@@ -77,8 +77,13 @@ class Presenter:
         clock: Clock,
         caa_identities: Callable[[], Awaitable[Sequence[str]]],
         default_target: Callable[[str], str],
+        own_domain: str,
+        account_url: Callable[[], str],
     ) -> None:
         """`caa_identities` asks the CA; `default_target` leads from an app to the name that CNAMEs may point to.
+
+        `own_domain` is the node's, below which names are no customers'. `account_url` is that of the account with the
+        CA, "" while there is none.
 
         Raises CertificateError if the DNS hook's settings cannot be used.
         """
@@ -88,6 +93,9 @@ class Presenter:
         self._clock = clock
         self._caa_identities = caa_identities
         self._default_target = default_target
+        self._own_domain = own_domain
+        self._account_url = account_url
+        self._txt_names: dict[tuple[str, str], str] = {}  # host and value -> where the record was set
         self._resolver = Resolver(certs.dns_servers, is_public_only=not certs.dns_servers)
         self._hook = _hook(certs.dns)
         # Looks and hooks wait for others: they must not take the threads that the store needs.
@@ -140,6 +148,7 @@ class Presenter:
     def _set_txt(self, challenge: Challenge) -> None:
         assert self._hook is not None and self._certs.dns is not None
         name, value = challenge_name(challenge.name, self._resolver), dns_value(challenge.key_authorization)
+        self._txt_names[challenge.name, value] = name
         self._hook.present(name, value)
         if (patience := self._certs.dns.propagation_timeout_s) > 0:
             deadline = self._clock.monotonic() + patience
@@ -152,7 +161,9 @@ class Presenter:
     def _remove_txt(self, challenge: Challenge) -> None:
         if self._hook is None:
             raise DnsHookError(f"there is no [certs.dns] any more to remove the TXT record of {challenge.name}")
-        name, value = challenge_name(challenge.name, self._resolver), dns_value(challenge.key_authorization)
+        value = dns_value(challenge.key_authorization)
+        # where it was set: the CNAME that led there may have been changed since
+        name = self._txt_names.pop((challenge.name, value), "") or challenge_name(challenge.name, self._resolver)
         self._hook.clean_up(name, value)
 
     # --- DNS
@@ -184,8 +195,12 @@ class Presenter:
             challenge_types=certs.challenges,
             has_dns_01=self._hook is not None,
             challenge_target=self.delegation_of(domain.name),
+            challenge_values=tuple(
+                value for host, value in tuple(self._txt_names) if host == domain.name.removeprefix("*.")
+            ),
             ownership_value=ownership_of(domain.app),
             caa_identities=identities,
+            account_uri=self._account_url(),
             rate_limited_until=trouble.next_try_at if trouble is not None and is_limited else 0.0,
             last_problem=(
                 Problem(trouble.problem or trouble.failure.value, trouble.detail)
@@ -198,9 +213,10 @@ class Presenter:
 
     def delegation_of(self, hostname: str) -> str | None:
         """Where a customer's `_acme-challenge` CNAME is to point, if it can be somewhere of ours."""
-        if not self._certs.dns_delegation:
+        base = hostname.removeprefix("*.")
+        if not self._certs.dns_delegation or base == self._own_domain or base.endswith("." + self._own_domain):
             return None
-        label = hashlib.sha256(hostname.removeprefix("*.").encode()).hexdigest()[:20]
+        label = hashlib.sha256(base.encode()).hexdigest()[:20]
         return f"{label}.{self._certs.dns_delegation}"
 
     async def _identities(self) -> Sequence[str]:
