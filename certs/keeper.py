@@ -177,6 +177,9 @@ class Keeper:
 
     async def remove(self, name: str, sources: Iterable[Source] = tuple(Source), *, forget: bool = True) -> None:
         """Drop certificates of a name and, if `forget`, the name itself. An order under way is given up."""
+        domain = self._domains.get(name)
+        if forget:
+            self._domains.pop(name, None)  # first: what ends would begin anew
         if (task := self._under_way.get(name)) is not None:
             task.cancel()
             await asyncio.wait({task})
@@ -186,9 +189,7 @@ class Keeper:
             keys += [order_key(name, kind) for kind in KeyType]
         for key in keys:
             await asyncio.to_thread(self._store.delete, key)
-        domain = self._domains.get(name)
         if forget:
-            self._domains.pop(name, None)
             self._revisions.pop(name, None)
             self._shown.pop(name, None)
             await asyncio.to_thread(self._store.delete, domain_key(name))
