@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def check(api: Api, name: str, app: str | None, as_json: bool) -> bool:
     findings = detail.get("findings") or []
     for finding in findings:
         _say_finding(finding)
-    _say_errors(detail)
+    _say_errors(detail, [str(finding["message"]) for finding in findings])
     if detail["configured"]:
         say("\nCertificate is verified and active")
     elif not any(finding.get("records") for finding in findings):
@@ -219,7 +219,7 @@ def forecast(api: Api, as_json: bool) -> None:
     ]  # fmt: skip
     table(("hostname", "app", "source", "expires", "next step", "what"), rows)
     if failing := [one["hostname"] for one in found if one["will_fail"]]:
-        say(f"{len(failing)} of {len(found)} will not be renewed as it is: `{_command('check', failing[0])}`.")
+        say(f"{len(failing)} of {len(found)} will fail as it is: `{_command('check', failing[0])}`.")
 
 
 def account(api: Api, roll_key: bool, as_json: bool) -> None:
@@ -232,7 +232,7 @@ def account(api: Api, roll_key: bool, as_json: bool) -> None:
         return
     if roll_key:
         say("The account has a new key; the CA accepts the old one no more.")
-    _say_pairs([(key.replace("_", " "), _account_value(key, value)) for key, value in facts.items()])
+    _say_pairs([(key.removesuffix("_s").replace("_", " "), _account_value(key, value)) for key, value in facts.items()])
 
 
 # --- finding
@@ -347,8 +347,7 @@ def _progress(detail: Detail) -> str:
     if order := detail.get("order"):
         return f"order {_STEPS.get(order['step'], order['step'])}"
     if errors := detail.get("validation_errors"):
-        next_try = f"; next try {_in(detail['next_try_at'])}" if detail.get("next_try_at") else ""
-        return f"{_printable(errors[-1]['message'])}{next_try}"
+        return _printable(errors[-1]["message"]).rstrip(".")
     return "waiting its turn"
 
 
@@ -469,9 +468,12 @@ def _say_finding(finding: Detail) -> None:
                 say(f"    {_line(one['type'], one['name'], one['value'])}")
 
 
-def _say_errors(detail: Detail) -> None:
+def _say_errors(detail: Detail, told: Sequence[str] = ()) -> None:
+    """What the last try failed with, but for what has been `told` already."""
     for error in detail.get("validation_errors") or []:
-        at = f" ({_when(error['timestamp'])})" if error.get("timestamp") else ""
+        if any(error["message"].startswith(message) for message in told):
+            continue
+        at = f" ({_in(error['timestamp'])})" if error.get("timestamp") else ""
         say(f"\nThe last try failed{at}: {_printable(error['message'])}")
         if error.get("remediation"):
             say(f"  {_printable(error['remediation'])}")
@@ -565,7 +567,7 @@ def _say_setup(domain: Domain, detail: Detail) -> None:
         say(f"\nACME challenge: {when}")
         say(f"  {_line('CNAME', challenge['name'], challenge['target'])}")
     elif name.startswith("*."):
-        say("\nwarning: a wildcard is proven by DNS-01, which this node cannot do: set [certs.dns] in its config.toml.")
+        say("\nA wildcard is proven by DNS-01: [certs.dns] of the node's config.toml says how TXT records are set")
     say("\nOwnership: needed for a wildcard, behind a CDN, and for an imported certificate before traffic moves here")
     say(f"  {_line(*_ownership(detail))}")
     say(f"\nThen: {_command('check', name)}")
@@ -620,6 +622,8 @@ def _say_pairs(pairs: list[tuple[str, str]]) -> None:
 def _account_value(key: str, value: object) -> str:
     if isinstance(value, list):
         return ", ".join(str(one) for one in value) or "–"
+    if key.endswith("_s") and value is not None:
+        return f"{value} s"
     return _when(value) if key.endswith("_at") and value is not None else "–" if value is None else str(value)
 
 
