@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import trustme
 
 from tests.support.apps import make_app
 from tests.support.faults import kill_control
@@ -29,11 +30,15 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedNode]:
         yield node
 
 
-def visit(node: ServedNode, host: str) -> bytes:
-    trust = ssl.create_default_context(cafile=node.data_dir / "certs" / "ca.pem")
+def of(node: ServedNode, trust: ssl.SSLContext) -> Site:
+    """A site without a CA beside it."""
     site = Site.__new__(Site)
     site.node, site.context = node, trust
-    return site.visit(host)[0]
+    return site
+
+
+def visit(node: ServedNode, host: str) -> bytes:
+    return of(node, ssl.create_default_context(cafile=node.data_dir / "certs" / "ca.pem")).visit(host)[0]
 
 
 def listed(node: ServedNode) -> dict[str, Any]:
@@ -65,6 +70,30 @@ def test_a_domain_that_is_removed_is_served_no_more(node: ServedNode) -> None:
     with pytest.raises(OSError):
         visit(node, "gone.example.com")
     node.cli("certs", "show", "gone.example.com", status=1)
+
+
+def test_an_imported_certificate_is_shown_once_the_domain_is_proven_and_the_internal_one_after_it(
+    node: ServedNode,
+) -> None:
+    host, folder = "web.apps.localhost", node.folder
+    authority = trustme.CA()
+    leaf = authority.issue_cert(host)
+    leaf.private_key_pem.write_to_path(str(folder / "own.key"))
+    (folder / "own.pem").write_bytes(b"".join(one.bytes() for one in leaf.cert_chain_pems))
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    refused = node.cli(
+        "certs", "import", "shop.example.net", "--fullchain", "own.pem", "--private-key", "own.key", status=1
+    )
+    assert refused == "" and "shop.example.net" not in listed(node)
+    node.cli("certs", "import", host, "--fullchain", "own.pem", "--private-key", "own.key")  # config.toml proves it
+    assert of(node, trust).visit(host)[0].startswith(b"HTTP/1.1 200 ")
+    shown = node.cli("certs", "show", host)
+    assert "Custom Certificate" in shown and "Verified" in shown
+    node.cli("certs", "remove", host, "--custom", "-y")
+    assert visit(node, host).startswith(b"HTTP/1.1 200 ")
+    with pytest.raises(ssl.SSLError):
+        of(node, trust).visit(host)
 
 
 def test_domains_outlive_control(node: ServedNode) -> None:
