@@ -5,10 +5,13 @@ Counts lie in a store, one record an event, and are read back at the start. Pure
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
+import os
 from bisect import bisect_right, insort
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -49,6 +52,7 @@ OTHERS = {
     Event.FAILED_VALIDATION: Limit(10, _HOUR_S),
 }
 _LONGEST_S = _WEEK_S
+_UNDER_WAY_S = 10.0
 ON_DEMAND_SHARE = 0.5  # of the orders: names that strangers ask for leave the other half to those that were added
 
 
@@ -65,7 +69,7 @@ class Budget:
         self._now = now
         self._limits = limits
         self._spent: dict[tuple[Event, str], list[float]] = {}
-        self._number = 0
+        self._held: Counter[tuple[Event, str]] = Counter()  # of orders under way
 
     def load(self) -> None:
         """Read what was counted; what no window reaches any more is deleted."""
@@ -90,20 +94,36 @@ class Budget:
         now = self._now()
         if event not in self._limits:
             return
-        self._number += 1
-        self._store.put(f"spent/{int(now * 1000):014d}-{self._number:06d}", f"{event} {subject}".encode())
+        self._store.put(f"spent/{int(now * 1000):014d}-{os.urandom(4).hex()}", f"{event} {subject}".encode())
         insort(self._spent.setdefault((event, subject), []), now)
 
     def free_at(self, event: Event, subject: str, share: float = 1.0) -> float:
         """When one more is within the limit: `now` or earlier if it is at once."""
         limit = self._limits.get(event)
-        spent = self._spent.get((event, subject))
-        if limit is None or not spent:
+        if limit is None:
             return 0.0
-        allowed = max(1, int(limit.events * share))
-        begin = bisect_right(spent, self._now() - limit.window_s)
-        del spent[:begin]
+        now = self._now()
+        spent = self._spent.get((event, subject), [])
+        del spent[: bisect_right(spent, now - limit.window_s)]
+        allowed = max(1, int(limit.events * share)) - max(0, self._held[event, subject])
+        if allowed <= 0:
+            return now + _UNDER_WAY_S  # some of those under way may come to nothing
         return spent[-allowed] + limit.window_s if len(spent) >= allowed else 0.0
+
+    @contextlib.contextmanager
+    def hold(self, names: Sequence[str], *, is_renewal: bool, is_on_demand: bool) -> Iterator[None]:
+        """`check`, and count the order as long as it is under way: others at the same time are checked against it too.
+
+        What comes of it is to be spent within.
+        """
+        self.check(names, is_renewal=is_renewal, is_on_demand=is_on_demand)
+        held = [(Event.ORDER, ""), (Event.DUPLICATE, set_of(names))]
+        held += [(Event.CERTIFICATE, domain) for domain in {registered_domain(name) for name in names}]
+        self._held.update(held)
+        try:
+            yield
+        finally:
+            self._held.subtract(held)
 
     def check(self, names: Sequence[str], *, is_renewal: bool, is_on_demand: bool) -> None:
         """Raise AcmeError(RATE_LIMITED), with the time to wait, if an order for these names is beyond a limit.

@@ -249,6 +249,7 @@ class AcmeClient:
         self._account: AccountRecord | None = None
         self._jwk: Any = None  # Any: josepy is loaded late, it costs 0.2 s and 30 MB
         self._opening = asyncio.Lock()
+        self._connecting = asyncio.Lock()
         self.clock_skew_s = 0.0  # the CA's clock less ours, by its last Date
 
     # --- what there is at the CA
@@ -589,14 +590,15 @@ class AcmeClient:
             raise AcmeError(Failure.NETWORK, f"{url} cannot be reached: {error or type(error).__name__}") from error
 
     async def _get_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            try:
-                context = await asyncio.to_thread(ssl.create_default_context, cafile=self._ca_file)
-            except (OSError, ssl.SSLError) as error:
-                raise AcmeError(Failure.NETWORK, f"acme_ca_file {self._ca_file} cannot be used: {error}") from error
-            connector = aiohttp.TCPConnector(ssl=context, limit=16)
-            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-        return self._session
+        async with self._connecting:  # one, however many come first at once
+            if self._session is None:
+                try:
+                    context = await asyncio.to_thread(ssl.create_default_context, cafile=self._ca_file)
+                except (OSError, ssl.SSLError) as error:
+                    raise AcmeError(Failure.NETWORK, f"acme_ca_file {self._ca_file} cannot be used: {error}") from error
+                connector = aiohttp.TCPConnector(ssl=context, limit=16)
+                self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            return self._session
 
     def _note_date(self, text: str | None) -> None:
         with contextlib.suppress(ValueError, TypeError):

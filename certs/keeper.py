@@ -380,9 +380,18 @@ class Keeper:
             missing = await self._around.is_pointed(domain)
             if missing:
                 raise AcmeError(Failure.NOT_POINTED, missing)
-        if not resumes:
-            self._budget.check(names, is_renewal=bool(replaces), is_on_demand=domain.origin is Origin.ON_DEMAND)
-        avoid = tuple(ChallengeType(one) for one in domain.avoid)
+        with contextlib.ExitStack() as stack:
+            if not resumes:
+                on_demand = domain.origin is Origin.ON_DEMAND
+                stack.enter_context(self._budget.hold(names, is_renewal=bool(replaces), is_on_demand=on_demand))
+            await self._run_order(
+                domain, Want(names, key_type, self.policy.profile, replaces, _types(domain.avoid)), source
+            )
+            await asyncio.to_thread(self._spend_certificate, domain.name)
+        self.obtained += 1
+        await self._show(domain)
+
+    async def _run_order(self, domain: Domain, want: Want, source: Source) -> None:
         run = OrderRun(
             self.client, self._store, _Preferring(self._around, domain), self._now, self._owner,
             sleep=self._sleep, on_point=self._point,
@@ -390,12 +399,12 @@ class Keeper:
         )  # fmt: skip
 
         async def keep(certificate: Certificate) -> None:
-            await self._keep(domain, source, key_type, certificate)
+            await self._keep(domain, source, want.key_type, certificate)
 
         async with self._orders:
             self._runs[domain.name] = run
             try:
-                await run.run(Want(names, key_type, self.policy.profile, replaces, avoid), keep)
+                await run.run(want, keep)
             except AcmeError as error:
                 if error.failure is Failure.VALIDATION:
                     await asyncio.to_thread(self._budget.spend, Event.FAILED_VALIDATION, domain.name)
@@ -406,9 +415,6 @@ class Keeper:
                 del self._runs[domain.name]
                 if run.asked:
                     await asyncio.to_thread(self._budget.spend, Event.ORDER, "")
-        await asyncio.to_thread(self._spend_certificate, domain.name)
-        self.obtained += 1
-        await self._show(domain)
 
     def _spend_certificate(self, name: str) -> None:
         self._budget.spend(Event.CERTIFICATE, registered_domain(name))
@@ -485,6 +491,10 @@ class Keeper:
             entry = await asyncio.to_thread(self._store.get, key)
             revision = await asyncio.to_thread(self._store.put, key, value, entry.revision if entry else 0)
         self._revisions[domain.name] = revision
+
+
+def _types(avoid: Iterable[str]) -> tuple[ChallengeType, ...]:
+    return tuple(ChallengeType(one) for one in avoid)
 
 
 class _Preferring:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import random
 from collections import Counter
@@ -168,7 +169,12 @@ class Domains:
         self._presenter = Presenter(
             self._certs, self._ports, self._file, self._clock, self._client.caa_identities,
             lambda app: f"{app}.{self._domain}", self._domain, self._account_url,
+            self._ownership,
         )  # fmt: skip
+
+    def _ownership(self, app: str) -> str:
+        """What proves in DNS that a name is the app's: nobody can guess it, or use that of another node's app."""
+        return f"app-{hmac.digest(self._secret, b'ownership of ' + app.encode(), 'sha256').hex()[:16]}"
 
     def _account_url(self) -> str:
         account = self._client.account if self._client is not None else None
@@ -488,7 +494,7 @@ class Domains:
             },
             "ownership": {
                 "name": f"_fly-ownership.{domain.name.removeprefix('*.')}",
-                "app_value": f"app-{domain.app}",
+                "app_value": self._ownership(domain.app),
                 "org_value": None,
             },
         }
@@ -606,7 +612,7 @@ class Domains:
             for one in self._keeper.all()
             if not self._is_internal(one)
         ]
-        return sorted(found, key=lambda one: (not one["will_fail"], one["next_at"] or float("inf")))
+        return sorted(found, key=lambda one: str(one["next_at"] or "~"))
 
     async def roll_account_key(self) -> Json:
         assert self._client is not None

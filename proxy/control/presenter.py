@@ -79,11 +79,12 @@ class Presenter:
         default_target: Callable[[str], str],
         own_domain: str,
         account_url: Callable[[], str],
+        ownership: Callable[[str], str],
     ) -> None:
         """`caa_identities` asks the CA; `default_target` leads from an app to the name that CNAMEs may point to.
 
         `own_domain` is the node's, below which names are no customers'. `account_url` is that of the account with the
-        CA, "" while there is none.
+        CA, "" while there is none. `ownership` gives what the TXT record at `_fly-ownership` says for an app.
 
         Raises CertificateError if the DNS hook's settings cannot be used.
         """
@@ -95,6 +96,7 @@ class Presenter:
         self._default_target = default_target
         self._own_domain = own_domain
         self._account_url = account_url
+        self._ownership = ownership
         self._txt_names: dict[tuple[str, str], str] = {}  # host and value -> where the record was set
         self._resolver = Resolver(certs.dns_servers, is_public_only=not certs.dns_servers)
         self._hook = _hook(certs.dns)
@@ -198,7 +200,7 @@ class Presenter:
             challenge_values=tuple(
                 value for host, value in tuple(self._txt_names) if host == domain.name.removeprefix("*.")
             ),
-            ownership_value=ownership_of(domain.app),
+            ownership_value=self._ownership(domain.app),
             caa_identities=identities,
             account_uri=self._account_url(),
             rate_limited_until=trouble.next_try_at if trouble is not None and is_limited else 0.0,
@@ -248,13 +250,8 @@ class Presenter:
         base = domain.name.removeprefix("*.")
         return (
             f"nothing in DNS shows that {domain.name} is of {domain.app}: point it here, or add the TXT record "
-            f"_fly-ownership.{base} with {ownership_of(domain.app)}"
+            f"_fly-ownership.{base} with {self._ownership(domain.app)}"
         )
-
-
-def ownership_of(app: str) -> str:
-    """What the TXT record at `_fly-ownership` says (spec: network.md §5.1)."""
-    return f"app-{app}"
 
 
 def said(findings: Sequence[Finding]) -> str:
