@@ -28,7 +28,7 @@ from proxy.cli.node import Api, ApiError, find_node
 from tests.support.pebble import is_installed, pebble
 
 APP = "shop"
-BODY = b"hello from the shop\n"
+ORIGIN_BODY = b"hello from the shop\n"
 GOAL_S = 3.0  # from adding a name to the first trusted answer
 _TRY_S = 0.02  # between two handshakes of a client that waits for the certificate
 _ONE_LIMIT_S = 30.0
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure(issuer: str, count: int, firsts: int, limit_s: float, out: Path) -> Run:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wakefront-bench-")))
-        origin, plain, tls, admin = stack.enter_context(_origin()), free_port(), free_port(), free_port()
+        machine, plain, tls, admin = stack.enter_context(origin()), free_port(), free_port(), free_port()
         text = CONFIG.format(
             folder=folder, workers=1, plain_port=plain, tls_port=tls, admin_port=admin, access_log=""
         )  # fmt: skip
@@ -97,7 +97,7 @@ def _measure(issuer: str, count: int, firsts: int, limit_s: float, out: Path) ->
             text = text.replace('issuer = "internal"\n', f'issuer = "acme"\n{more}')
             roots = authority.roots().decode()
         (folder / f"{APP}.fly.toml").write_text(FLY_TOML.format(name=APP, autostop="off"))
-        text += STATIC_APP.format(folder=folder, name=APP, origin_port=origin)
+        text += STATIC_APP.format(folder=folder, name=APP, origin_port=machine)
         node = stack.enter_context(Wakefront(folder, text, None, (plain, tls, admin)))
         shutil.copy(node.config, out / f"{issuer}.config.toml")
         api = Api(find_node(node.config, None))
@@ -188,17 +188,17 @@ def _ask(name: str, port: int, trust: ssl.SSLContext) -> str:
                 answer += more
     except OSError as error:  # ssl.SSLError is one
         return str(error)
-    return "" if answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(BODY) else repr(answer[:100])
+    return "" if answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(ORIGIN_BODY) else repr(answer[:100])
 
 
 @contextlib.contextmanager
-def _origin() -> Iterator[int]:
+def origin() -> Iterator[int]:
     class Hello(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
-            self.send_header("Content-Length", str(len(BODY)))
+            self.send_header("Content-Length", str(len(ORIGIN_BODY)))
             self.end_headers()
-            self.wfile.write(BODY)
+            self.wfile.write(ORIGIN_BODY)
 
         def log_message(self, *_: object) -> None:
             """Nothing."""

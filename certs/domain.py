@@ -12,6 +12,7 @@ import msgspec
 
 from certs.certificate import Certificate
 from certs.errors import Failure
+from certs.pack import digest
 
 
 class Source(enum.StrEnum):
@@ -42,6 +43,7 @@ class Held(msgspec.Struct, frozen=True):
     renew_at: float = 0.0  # 0: never, by us
     ask_ari_at: float = 0.0  # 0: the CA says nothing of renewals
     ari_explanation: str = ""
+    digest: str = ""  # of chain and key, as the workers' file has it (pack.digest)
 
 
 class Trouble(msgspec.Struct, frozen=True):
@@ -122,4 +124,5 @@ def held_of(certificate: Certificate, key: str, now: float) -> Held:
         issuer=issuer[:200],
         key=key,
         obtained_at=now,
+        digest=digest(certificate.chain_pem, certificate.key_pem).hex(),
     )

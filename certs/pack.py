@@ -78,18 +78,18 @@ class PackWriter:
         Raises CertificateError if the record would be too large, OSError if it cannot be written (the file is then as
         before).
         """
-        digest = _digest(chain_pem, key_pem)
+        found = digest(chain_pem, key_pem)
         known = self._places.get(name)
-        if known is not None and known.digest == digest and self._opens(name, known):
+        if known is not None and known.digest == found and self._opens(name, known):
             return False
         encoded = name.encode()
         sealed = self._seal.close(_CHAIN.pack(len(chain_pem)) + chain_pem + key_pem, name)
-        body = _BODY.pack(len(encoded), digest) + encoded + sealed
+        body = _BODY.pack(len(encoded), found) + encoded + sealed
         if len(body) > MAX_RECORD_BYTES:
             raise CertificateError(f"{name}: a record of {len(body)} bytes is over the {MAX_RECORD_BYTES} allowed")
         self._write(_FRAME.pack(len(body), zlib.crc32(body)) + body)
         self._live += len(body) + _FRAME.size - self._weight(known)
-        self._places[name] = _Place(self._end - len(body), len(body), digest)
+        self._places[name] = _Place(self._end - len(body), len(body), found)
         self._compact_if_stale()
         return True
 
@@ -118,6 +118,11 @@ class PackWriter:
     @staticmethod
     def _weight(place: _Place | None) -> int:
         return 0 if place is None else place.length + _FRAME.size
+
+    def has(self, name: str, digest_hex: str) -> bool:
+        """Whether the name's record is the one with this digest, as far as its head says."""
+        place = self._places.get(name)
+        return place is not None and place.digest.hex() == digest_hex
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -297,9 +302,9 @@ def _scan(fd: int, offset: int) -> Iterator[tuple[str, _Place]]:
             body = buffer[begin : begin + length]
             if zlib.crc32(body) != checksum:
                 return
-            name_length, digest = _BODY.unpack_from(body)
+            name_length, found = _BODY.unpack_from(body)
             name = body[_BODY.size : _BODY.size + name_length].decode("utf-8", "replace")
-            yield name, _Place(offset + begin, length, digest)
+            yield name, _Place(offset + begin, length, found)
             at = begin + length
         if not chunk:
             return
@@ -308,6 +313,6 @@ def _scan(fd: int, offset: int) -> Iterator[tuple[str, _Place]]:
         at = 0
 
 
-def _digest(chain_pem: bytes, key_pem: bytes) -> bytes:
+def digest(chain_pem: bytes, key_pem: bytes) -> bytes:
     """Tells one record of a name from the next."""
     return hashlib.sha256(chain_pem + key_pem).digest()[:16]

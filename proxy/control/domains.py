@@ -146,10 +146,13 @@ class Domains:
                     raise
                 await self._clock.sleep(0.1)
         self._make_presenter()
-        await self._show_all()
         self._opened.set()
         await self._reconcile()
-        self._tasks = [spawn(self._keep_internal(), "internal certificates"), spawn(self._keep_acme(), "certificates")]
+        self._tasks = [
+            spawn(self._keep_internal(), "internal certificates"),
+            spawn(self._keep_acme(), "certificates"),
+            spawn(self._show_all(), "show certificates"),
+        ]
 
     def _open(self) -> None:
         if self._secret == b"":
@@ -181,16 +184,31 @@ class Domains:
         return account.url if account is not None else ""
 
     async def _show_all(self) -> None:
-        """What the store has and the certificate file does not: after a kill in between, or a file that was lost."""
+        """What the store has and the certificate file does not: after a kill in between, or a file that was lost.
+
+        Names that workers ask for meanwhile are not kept waiting for their turn.
+        """
         assert self._keeper is not None and self._file is not None
         for place, domain in enumerate(self._keeper.all()):
             try:
-                await self._show(domain)
+                if not self._is_shown(domain):
+                    await self._show(domain)
             except (CertificateError, OSError) as error:
                 self.faults[domain.name] = str(error)
                 log.error("the certificate of %s cannot be shown: %s", domain.name, error)
             if place % _SLICE == 0:
                 await asyncio.sleep(0)
+
+    def _is_shown(self, domain: Domain) -> bool:
+        """Whether the certificate file has what the store has, without a look at either's content."""
+        assert self._file is not None
+        source = domain.served(self._clock.unix())
+        beside = domain.held.get(Source.RSA) if source is Source.ACME else None
+        return (
+            source is not None
+            and self._file.has(domain.name, domain.held[source].digest)
+            and (beside is None or self._file.has(f"rsa/{domain.name}", beside.digest))
+        )
 
     async def _keep_acme(self) -> None:
         assert self._keeper is not None

@@ -45,14 +45,12 @@ class CertificateFile:
         async with self._lock:
             return await asyncio.to_thread(self._pack.append, name, chain_pem, key_pem)
 
+    def has(self, name: str, digest_hex: str) -> bool:
+        return self._pack.has(name, digest_hex)
+
     async def remove(self, name: str) -> bool:
         async with self._lock:
             return await asyncio.to_thread(self._pack.remove, name)
-
-    async def many(self, work: Callable[[PackWriter], None]) -> None:
-        """Several writes as one."""
-        async with self._lock:
-            await asyncio.to_thread(work, self._pack)
 
     def close(self) -> None:
         self._pack.close()

@@ -162,6 +162,10 @@ def faulty_ca(folder: Path, ca: Pebble) -> Iterator[FaultyCa]:
             up.set()
             await down.wait()
             await runner.cleanup()
+            left = asyncio.all_tasks() - {asyncio.current_task()}  # those that were told to hang
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
     session: aiohttp.ClientSession
     thread = threading.Thread(target=loop.run_until_complete, args=(run(),), name="faulty CA")
