@@ -31,6 +31,7 @@ class Ask:
         self.permitted: set[str] = set()
         self.asked: list[str] = []
         self.delay_s = 0.0
+        self.status = 0  # 0: by what is permitted
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,7 +39,7 @@ class Ask:
                 name = parse_qs(urlsplit(self.path).query)["domain"][0]
                 outer.asked.append(name)
                 time.sleep(outer.delay_s)
-                self.send_response(200 if name in outer.permitted else 404)
+                self.send_response(outer.status or (200 if name in outer.permitted else 404))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -46,6 +47,7 @@ class Ask:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.request_queue_size = 128
         self.url = f"http://127.0.0.1:{self.server.server_port}/may"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
         self.thread.start()
