@@ -441,7 +441,8 @@ def _issuers(detail: Detail) -> str:
 def _say_dns(records: Detail) -> None:
     """What DNS shows now, as far as it shows anything."""
     shown = [
-        (title, ", ".join(value) if isinstance(value, list) else str(value))
+        # of a SOA record, the server's name alone
+        (title, ", ".join(value) if isinstance(value, list) else str(value).split(" ")[0].rstrip("."))
         for key, title in _DNS_TITLES.items()
         if (value := records.get(key))
     ]

@@ -76,7 +76,7 @@ class Domains:
         self._ports: tuple[int, ...] = ()
         self._configured: dict[str, AppPlan] = {}
         self._apps: dict[AppName, AppPlan] = {}
-        self._self_signed: set[str] = set()  # names of apps that would rather show something than nothing
+        self._self_signed: set[AppName] = set()  # apps that would rather show something than nothing
         self._changed = asyncio.Event()
         self._opened = asyncio.Event()
         self._secret = b""
@@ -222,9 +222,8 @@ class Domains:
         self._apps = {app.name: app for app in plan.apps}
         self._configured = {name: app for app in plan.apps for name in app.hostnames}
         self._self_signed = {
-            name for app in plan.apps if any(port.default_self_signed for one in app.services for port in one.ports)
-            for name in app.hostnames
-        }  # fmt: skip
+            app.name for app in plan.apps if any(port.default_self_signed for one in app.services for port in one.ports)
+        }
         rules = [(app.name, app.on_demand) for app in plan.apps if app.on_demand is not None]
         self._on_demand.set_rules(rules)
 
@@ -358,7 +357,7 @@ class Domains:
                 except (CertificateError, OSError) as error:
                     return str(error)
                 return None
-            if name in self._self_signed:
+            if domain.app in self._self_signed:
                 return await self._provide_self_signed(name)
             left = deadline - self._clock.monotonic()
             if domain.trouble is not None and not self._keeper.is_under_way(domain.name):

@@ -34,11 +34,11 @@ class CertificateRecords(Protocol):
     def match(self, name: str) -> str | None:
         """The name of the record that serves a host name (its own or a wildcard), if there is one."""
 
-    def get(self, name: str) -> tuple[bytes, bytes] | None:
-        """Chain and key of that record, as PEM. Raises ValueError if it cannot be opened, or OSError."""
-
     def exact(self, match: str) -> tuple[bytes, bytes] | None:
-        """Chain and key of the record with this very name, such as `http-01/<token>`. Raises as `get` does."""
+        """Chain and key of the record with this very name, as PEM: one that `match` told, or such as `http-01/<token>`.
+
+        Raises ValueError if it cannot be opened, or OSError.
+        """
 
 
 class Certificates:
@@ -178,7 +178,7 @@ class Certificates:
 
     def _build(self, match: str) -> ssl.SSLContext:
         try:
-            record = self._records.get(match)
+            record = self._records.exact(match)
             if record is None:
                 raise ValueError("the record has gone")
             beside = self._records.exact(f"rsa/{match}")  # for clients that cannot verify the other

@@ -112,7 +112,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         with pebble(folder / "ca", node.http_port, node.https_port) as ca:
             on_demand = f'\n[apps.on_demand]\nask = "{ask.url}"\ndomain_burst = 3\nnegative_ttl = "30s"\n'
             web = make_app(node.folder, "web") + on_demand
-            node.write_config(certs_section(ca) + web + make_app(node.folder, "other"))
+            other = make_app(node.folder, "other")
+            with (node.folder / "apps" / "other" / "fly.toml").open("a") as fly_toml:
+                fly_toml.write('\n[http_service.tls_options]\ndefault_self_signed = true\nversions = ["TLSv1.3"]\n')
+            node.write_config(certs_section(ca, 'key_types = ["ecdsa", "rsa"]') + web + other)
             with node:
                 yield Site(node, ca, ask)
     finally:
@@ -164,6 +167,52 @@ def test_a_domain_whose_dns_leads_elsewhere_waits_and_is_noticed(site: Site) -> 
     site.ca.set_a("later.example.com", "127.0.0.1")
     site.wait_active("later.example.com")
     assert site.visit("later.example.com")[0].startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_knows_only_rsa_is_served_and_trusts_it_too(site: Site) -> None:
+    site.node.api("POST", "/v1/apps/web/certificates/acme", {"hostname": "old.example.com"})
+    wait_for(
+        lambda: len([one for one in site.show("old.example.com")["certificates"] for _ in one["issued"]]) == 2,
+        20,
+        lambda: json.dumps(site.show("old.example.com")),
+    )
+    old = ssl.create_default_context(cadata=site.ca.roots().decode())
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    old.set_ciphers("ECDHE-RSA-AES128-GCM-SHA256")
+
+    def served() -> x509.Certificate | None:
+        try:
+            return site.visit("old.example.com", old)[1]
+        except ssl.SSLError:
+            return None
+
+    leaf = wait_for(served, 10, "the RSA certificate")
+    assert type(leaf.public_key()).__name__ == "RSAPublicKey"
+    _, newer = site.visit("old.example.com")
+    assert type(newer.public_key()).__name__ != "RSAPublicKey"
+
+
+def test_an_app_may_show_a_certificate_of_our_own_until_there_is_one(site: Site) -> None:
+    site.ca.set_a("soon.example.com", "192.0.2.1")
+    site.node.api("POST", "/v1/apps/other/certificates/acme", {"hostname": "soon.example.com"})
+    with pytest.raises(ssl.SSLCertVerificationError):
+        site.visit("soon.example.com")
+    lenient = ssl.create_default_context()
+    lenient.check_hostname, lenient.verify_mode = False, ssl.CERT_NONE
+    answer, leaf = site.visit("soon.example.com", lenient)
+    assert answer.startswith(b"HTTP/1.1 200 ") and "Wakefront" in leaf.issuer.rfc4514_string()
+    site.ca.set_a("soon.example.com", "127.0.0.1")
+
+    def trusted() -> bool:
+        try:
+            return "Pebble" in site.visit("soon.example.com")[1].issuer.rfc4514_string()
+        except ssl.SSLCertVerificationError:
+            return False
+
+    wait_for(trusted, 15, lambda: json.dumps(site.show("soon.example.com", "other")))
+    lenient.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+        site.visit("soon.example.com", lenient)
 
 
 def test_what_was_added_survives_a_killed_control_and_a_restart(site: Site) -> None:
