@@ -53,6 +53,9 @@ class Surroundings(Presenter, Protocol):
     async def is_owned(self, domain: Domain) -> str:
         """ "" if DNS shows that the name is of whoever brought a certificate for it; else what is missing."""
 
+    async def on_dropped(self, domain: Domain, why: str) -> None:
+        """A name on demand is kept no more: no certificate can be had for it."""
+
     async def on_certificate(self, domain: Domain) -> None:
         """A name's certificates changed: show the one of `domain.served`. Raises CertificateError or OSError."""
 
@@ -66,6 +69,10 @@ class Policy:
     is_ordered: Callable[[str], bool] = lambda name: True  # names that the CA is asked for; others are only kept
     prove_patience_s: float = 180.0
     finalize_patience_s: float = 180.0
+
+
+# Of a name on demand that has no certificate yet: it is forgotten, and may come again.
+_NOT_WORTH_KEEPING = frozenset({Failure.NOT_POINTED, Failure.VALIDATION, Failure.REFUSED, Failure.RATE_LIMITED})
 
 
 class Keeper:
@@ -99,6 +106,7 @@ class Keeper:
         self._domains: dict[str, Domain] = {}
         self._revisions: dict[str, int] = {}
         self._heap: list[tuple[float, str]] = []
+        self._scheduled: dict[str, float] = {}  # the entry of the heap that counts
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._on_demand_under_way = 0
         self._runs: dict[str, OrderRun] = {}
@@ -192,6 +200,7 @@ class Keeper:
         if forget:
             self._revisions.pop(name, None)
             self._shown.pop(name, None)
+            self._scheduled.pop(name, None)
             await asyncio.to_thread(self._store.delete, domain_key(name))
         elif domain is not None:
             domain.held = {source: held for source, held in domain.held.items() if source not in tuple(sources)}
@@ -257,6 +266,8 @@ class Keeper:
             later: list[tuple[float, str]] = []
             while self._heap and self._heap[0][0] <= now:
                 at, name = heapq.heappop(self._heap)
+                if self._scheduled.get(name) == at:
+                    del self._scheduled[name]
                 domain = self._domains.get(name)
                 if domain is None or name in self._under_way or self._next_at(domain, now) > now:
                     continue  # it has gone, or another entry of the heap is the one that counts
@@ -268,6 +279,7 @@ class Keeper:
                     break
                 self._begin(domain)
             for entry in later:
+                self._scheduled[entry[1]] = entry[0]
                 heapq.heappush(self._heap, entry)
             wait = _LONGEST_SLEEP_S
             if self._heap and not later:
@@ -293,7 +305,8 @@ class Keeper:
 
     def _schedule(self, domain: Domain) -> None:
         at = self._next_at(domain, self._now())
-        if at < float("inf"):
+        if at < float("inf") and self._scheduled.get(domain.name) != at:
+            self._scheduled[domain.name] = at
             heapq.heappush(self._heap, (at, domain.name))
             self._wake.set()
 
@@ -341,6 +354,9 @@ class Keeper:
             self._note(domain, AcmeError(Failure.STUCK, str(error), retry_after_s=_HELD_RETRY_S))
         except AcmeError as error:
             self._note(domain, error)
+            if domain.origin is Origin.ON_DEMAND and not domain.held and error.failure in _NOT_WORTH_KEEPING:
+                await self._drop(domain, error)
+                return
         except (CertificateError, OSError) as error:
             self._note(domain, AcmeError(Failure.STORAGE, str(error)))
         else:
@@ -350,6 +366,18 @@ class Keeper:
             await self._save(domain)
         except (CertificateError, OSError) as error:
             _log.error("what is known of %s cannot be kept: %s", domain.name, error)
+
+    async def _drop(self, domain: Domain, error: AcmeError) -> None:
+        """A name that a stranger came with and for which nothing can be had: it is not looked at for ever."""
+        try:
+            for key in (domain_key(domain.name), *(order_key(domain.name, kind) for kind in KeyType)):
+                await asyncio.to_thread(self._store.delete, key)
+        except (CertificateError, OSError) as failure:
+            _log.error("what is kept of %s cannot be removed: %s", domain.name, failure)
+        self._domains.pop(domain.name, None)
+        self._revisions.pop(domain.name, None)
+        self._shown.pop(domain.name, None)
+        await self._around.on_dropped(domain, error.detail)
 
     async def _see_to(self, domain: Domain, key_type: KeyType) -> None:
         source = Source.RSA if key_type is KeyType.RSA else Source.ACME

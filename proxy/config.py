@@ -123,6 +123,8 @@ class OnDemandSection:
     ask: str = ""  # URL; GET with ?domain=NAME, 2xx permits
     ask_timeout_s: float = 0.8
     allow: tuple[str, ...] = ()  # names, or *.suffix for any depth below it
+    names_burst: int = 200  # new names at once
+    names_hour: float = 2000.0  # and an hour
     domain_burst: int = 10  # new names of one registered domain at once
     domain_hour: float = 10.0  # and an hour
     negative_ttl_s: float = 60.0  # a name that was refused is not asked for again so soon
@@ -749,7 +751,10 @@ class _AppReader:
         table = self.table.table("on_demand")
         if table is None:
             return None
-        only_known(table, ("ask", "ask_timeout", "allow", "domain_burst", "domain_hour", "negative_ttl"))
+        only_known(
+            table,
+            ("ask", "ask_timeout", "allow", "names_burst", "names_hour", "domain_burst", "domain_hour", "negative_ttl"),
+        )
         ask = table.text("ask")
         if ask is not None and not is_url(ask, ("http", "https")):
             table.error("ask", "expected an http:// or https:// URL")
@@ -769,6 +774,8 @@ class _AppReader:
             ask=ask,
             ask_timeout_s=_positive_s(table, "ask_timeout"),
             allow=tuple(allow),
+            names_burst=table.integer("names_burst", 1, 1_000_000),
+            names_hour=table.number("names_hour", 0, 1e9),
             domain_burst=table.integer("domain_burst", 1, 100_000),
             domain_hour=table.number("domain_hour", 0, 1e6),
             negative_ttl_s=_positive_s(table, "negative_ttl"),

@@ -171,7 +171,7 @@ class Domains:
             self._presenter.close()
         self._presenter = Presenter(
             self._certs, self._ports, self._file, self._clock, self._client.caa_identities,
-            lambda app: f"{app}.{self._domain}", self._domain, self._account_url,
+            lambda app: f"{app}.{self._domain}" if app else self._domain, self._domain, self._account_url,
             self._ownership,
         )  # fmt: skip
 
@@ -350,7 +350,7 @@ class Domains:
         while True:
             domain = self._record_of(name)
             if domain is None:
-                return f"no app here answers to {name}"
+                return self._on_demand.refusal(name) or f"no app here answers to {name}"
             if domain.served(self._clock.unix()) is not None:
                 try:
                     await self._show(domain)
@@ -408,6 +408,10 @@ class Domains:
             return str(error)
         await self.on_hostnames(app)
         return None
+
+    async def _dropped(self, domain: Domain, why: str) -> None:
+        self._on_demand.refuse(domain.name, AppName(domain.app), why)
+        await self.on_hostnames(AppName(domain.app))
 
     async def _show(self, domain: Domain) -> None:
         """Put what the domain serves into the certificate file, or take out what it no longer does."""
@@ -745,6 +749,9 @@ class _Around:
 
     async def on_certificate(self, domain: Domain) -> None:
         await self._domains._show(domain)
+
+    async def on_dropped(self, domain: Domain, why: str) -> None:
+        await self._domains._dropped(domain, why)
 
 
 async def _nobody(app: AppName) -> None:

@@ -46,6 +46,11 @@ class OnDemand:
     def refusal(self, name: str) -> str | None:
         return self._refused.why(name, self._clock.monotonic())
 
+    def refuse(self, name: str, app: AppName, why: str) -> None:
+        """Nothing could be had for a name that was let in: it is not tried again so soon."""
+        ttl_s = next((section.negative_ttl_s for one, section in self._rules if one == app), 60.0)
+        self._refused.add(name, why, self._clock.monotonic() + ttl_s)
+
     async def app_of(self, name: str, registered_domain: str) -> tuple[AppName | None, str]:
         """The app that a new name is of, or None and why it is refused. Not to be called for a name twice at a time."""
         now = self._clock.monotonic()
@@ -60,6 +65,9 @@ class OnDemand:
                 if said := await self._ask(name, section):
                     why = said
                     continue
+            if not self._buckets.take("", section.names_burst, section.names_hour, now):
+                why = "too many new names on demand"
+                continue
             if not self._buckets.take(registered_domain, section.domain_burst, section.domain_hour, now):
                 why = f"too many new names of {registered_domain} on demand"
                 continue

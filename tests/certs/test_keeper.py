@@ -47,6 +47,7 @@ class Around:
         self.missing: dict[str, str] = {}
         self.unowned: set[str] = set()
         self.shown: list[tuple[str, Source | None]] = []
+        self.dropped: list[tuple[str, str]] = []
         self.now: Callable[[], float] = time.time
 
     def types(self, name: str, is_wildcard: bool) -> tuple[ChallengeType, ...]:
@@ -64,6 +65,9 @@ class Around:
 
     async def is_owned(self, domain: Domain) -> str:
         return "add the TXT record" if domain.name in self.unowned else ""
+
+    async def on_dropped(self, domain: Domain, why: str) -> None:
+        self.dropped.append((domain.name, why))
 
     async def on_certificate(self, domain: Domain) -> None:
         self.shown.append((domain.name, domain.served(self.now())))
@@ -282,6 +286,26 @@ async def test_names_on_demand_never_keep_added_ones_waiting(life: Life) -> None
     domain = await life.add("mine.example.com")
     await life.until(lambda: Source.ACME in domain.held, 1.8)
     assert time.monotonic() - began < 1.8
+
+
+async def test_a_stranger_for_whom_nothing_can_be_had_is_forgotten(life: Life) -> None:
+    life.around.missing["away.strangers.example"] = "it leads elsewhere"
+    await life.add("away.strangers.example", Origin.ON_DEMAND)
+    await life.until(lambda: life.around.dropped)
+    assert life.around.dropped == [("away.strangers.example", "it leads elsewhere")]
+    assert life.keeper.get("away.strangers.example") is None and not life.orders()
+    assert not list(life.store.items("domain", lambda key, error: None))
+    del life.around.missing["away.strangers.example"]
+    domain = await life.add("away.strangers.example", Origin.ON_DEMAND)  # it may come again
+    await life.until(lambda: Source.ACME in domain.held)
+
+
+async def test_looking_often_does_not_make_the_schedule_grow(life: Life) -> None:
+    domain = await life.add("often.example.com")
+    await life.until(lambda: Source.ACME in domain.held and not life.keeper.is_under_way("often.example.com"))
+    for _ in range(100):
+        life.keeper.look("often.example.com")
+    assert len(life.keeper._heap) <= 2
 
 
 async def test_our_own_limit_is_said_and_kept(life: Life) -> None:
