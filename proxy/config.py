@@ -121,7 +121,7 @@ class OnDemandSection:
     """Certificates for names that nobody has added, when a client asks for one (off without this)."""
 
     ask: str = ""  # URL; GET with ?domain=NAME, 2xx permits
-    ask_timeout_s: float = 0.8
+    ask_timeout_s: float = 0.6
     allow: tuple[str, ...] = ()  # names, or *.suffix for any depth below it
     names_burst: int = 200  # new names at once
     names_hour: float = 2000.0  # and an hour
