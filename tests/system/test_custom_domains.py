@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -22,6 +24,7 @@ from tests.support.processes import wait_for
 from tests.support.serve import ServedNode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+DNS_HOOK = Path(__file__).resolve().parents[2] / "demo" / "dns_hook.py"
 
 
 class Ask:
@@ -282,3 +285,24 @@ def test_a_slow_ask_fails_the_handshake_in_time(site: Site) -> None:
         assert time.monotonic() - began < 1.2
     finally:
         site.ask.delay_s = 0.0
+
+
+@pytest.mark.parametrize("has_dns_01", [True, False], ids=["one wildcard", "each its own"])
+def test_the_apps_own_names_have_certificates_too(tmp_path: Path, has_dns_01: bool) -> None:
+    node = ServedNode(tmp_path / "node", workers=1)
+    node._head = node._head.replace('"apps.localhost"', '"apps.example.net"')
+    with pebble(tmp_path / "ca", node.http_port, node.https_port) as ca:
+        hook = json.dumps([sys.executable, str(DNS_HOOK)])
+        dns = f'[certs.dns]\nhook = "exec"\ncommand = {hook}\n' if has_dns_01 else ""
+        node._env["DEMO_DNS"] = ca.dns_management
+        node.write_config(certs_section(ca, dns) + make_app(node.folder, "web") + make_app(node.folder, "other"))
+        with node:
+            context = ssl.create_default_context(cadata=ca.roots().decode())
+            served = Site.__new__(Site)
+            served.node, served.ca, served.context = node, ca, context
+            shown = {served.visit(f"{app}.apps.example.net")[1].serial_number for app in ("web", "other")}
+            assert len(shown) == (1 if has_dns_01 else 2)
+            listed = json.loads(node.cli("certs", "list", "--json"))
+            names = {one["hostname"] for one in listed if one["status"] == "active"}
+            assert ("*.apps.example.net" in names) is has_dns_01
+            assert node.api("GET", "/v1/status")[1]["certificates"]["failing"] == 0
