@@ -7,12 +7,21 @@ import gc
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import uvloop
 
 from proxy.descriptors import adopt
+
+
+@pytest.fixture(autouse=True)
+def young() -> Iterator[None]:
+    """Collections look at what these tests make, not at all that a long run of tests has left: that is seconds each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Quiet(asyncio.Protocol):
