@@ -44,8 +44,8 @@ from tests.support.faulty_ca import (
 from tests.support.pebble import Pebble, pebble
 
 SECRET = bytes(range(32))
-TIMEOUT_S = 1.0
-PATIENCE_S = 1.5
+TIMEOUT_S = 0.6
+PATIENCE_S = 1.0
 LONGEST_S = 12.0
 
 
