@@ -72,7 +72,6 @@ class Domain(msgspec.Struct):
     held: dict[Source, Held] = {}
     trouble: Trouble | None = None
     proven_at: float = 0.0  # ownership, for a custom certificate
-    used_at: float = 0.0  # of a name on demand: when a certificate was last asked for
 
     def next_at(self, now: float, key_types: int, is_ordered: bool = True) -> float:
         """When it is to be looked at again: `now` or before if it is at once; infinity if nothing is to be done.

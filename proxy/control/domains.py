@@ -89,6 +89,7 @@ class Domains:
         self._presenter: Presenter | None = None
         self._on_demand = OnDemand(clock)
         self._asking: dict[str, asyncio.Task[str | None]] = {}
+        self._showing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self.faults: dict[str, str] = {}  # name -> why it has no certificate; "" -> of the store
         self.on_renewed: Callable[[str], None] = lambda name: None
@@ -357,7 +358,7 @@ class Domains:
                 except (CertificateError, OSError) as error:
                     return str(error)
                 return None
-            if domain.app in self._self_signed:
+            if domain.app in self._self_signed and domain.name == name:  # not of all below a wildcard
                 return await self._provide_self_signed(name)
             left = deadline - self._clock.monotonic()
             if domain.trouble is not None and not self._keeper.is_under_way(domain.name):
@@ -403,7 +404,7 @@ class Domains:
             return why
         now = self._clock.unix()
         try:
-            await self._keeper.add(Domain(name, app, Origin.ON_DEMAND, now, now, used_at=now))
+            await self._keeper.add(Domain(name, app, Origin.ON_DEMAND, now, now))
         except (CertificateError, OSError) as error:
             return str(error)
         await self.on_hostnames(app)
@@ -414,7 +415,14 @@ class Domains:
         await self.on_hostnames(AppName(domain.app))
 
     async def _show(self, domain: Domain) -> None:
-        """Put what the domain serves into the certificate file, or take out what it no longer does."""
+        """Put what the domain serves into the certificate file, or take out what it no longer has.
+
+        One at a time: of two that read before and after a renewal, the older must not be written last.
+        """
+        async with self._showing:
+            await self._show_now(domain)
+
+    async def _show_now(self, domain: Domain) -> None:
         assert self._keeper is not None and self._file is not None
         changed = False
         if self._is_internal(domain):
@@ -422,8 +430,10 @@ class Domains:
             return
         source = domain.served(self._clock.unix())
         if source is None:
-            changed = await self._file.remove(domain.name)
-            changed = await self._file.remove(f"rsa/{domain.name}") or changed
+            # One that has ended, by this host's clock, stays: that may be the one that is wrong.
+            if all(kind is Source.CUSTOM and domain.needs_proof for kind in domain.held):
+                changed = await self._file.remove(domain.name)
+                changed = await self._file.remove(f"rsa/{domain.name}") or changed
         elif (certificate := await self._keeper.certificate(domain.name, source)) is not None:
             changed = await self._file.put(domain.name, certificate.chain_pem, certificate.key_pem)
             beside = None
@@ -611,8 +621,8 @@ class Domains:
             raise DomainRefused("conflict", f"{hostname} is named in config.toml: remove it there, then reload")
         if kind is None:
             await self._keeper.remove(hostname)
-            await self._file.remove(hostname)
-            await self._file.remove(f"rsa/{hostname}")
+            for record in (hostname, f"rsa/{hostname}", f"self-signed/{hostname}"):
+                await self._file.remove(record)
             self.on_renewed(hostname)
             await self.on_hostnames(AppName(app))
             return None
