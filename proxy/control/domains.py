@@ -147,8 +147,8 @@ class Domains:
                     raise
                 await self._clock.sleep(0.1)
         self._make_presenter()
-        self._opened.set()
         await self._reconcile()
+        self._opened.set()
         self._tasks = [
             spawn(self._keep_internal(), "internal certificates"),
             spawn(self._keep_acme(), "certificates"),
@@ -294,7 +294,7 @@ class Domains:
 
     async def provide(self, name: str) -> str | None:
         """See that the certificate file has a record that serves this name; None, or why it cannot."""
-        is_known = self._internal_of(name) is not None or self._record_of(name) is not None
+        is_known = name in self._configured or self._internal_of(name) is not None or self._record_of(name) is not None
         if not is_known and not self._on_demand.is_on:
             return f"no app here answers to {name}"
         try:
@@ -322,7 +322,8 @@ class Domains:
         """The name that the internal CA makes a certificate of, to serve a host name: its own, or its wildcard's."""
         for one in (name, "*." + name.partition(".")[2]):
             domain = self._keeper.get(one) if self._keeper is not None else None
-            if one in self._configured or (domain is not None and self._is_internal(domain)):
+            is_configured = one in self._configured and not self._is_acme(one)
+            if is_configured or (domain is not None and self._is_internal(domain)):
                 return one
         return None
 
@@ -453,7 +454,9 @@ class Domains:
             assert self._keeper is not None
             added = [one.name for one in self._keeper.all() if self._is_internal(one)]
             for name in sorted({*self._configured, *added}):
-                if self._record_of(name) is None and (name in added or not name.startswith("*.")):
+                if self._record_of(name) is None and (
+                    name in added or not (name.startswith("*.") or self._is_acme(name))
+                ):
                     await self._provide_internal(name)
                 await asyncio.sleep(0)
             with contextlib.suppress(TimeoutError):
