@@ -14,6 +14,8 @@ from certs.certificate import Certificate
 from certs.errors import Failure
 from certs.pack import digest
 
+ON_DEMAND_HOPE_S = 86_400.0
+
 
 class Source(enum.StrEnum):
     """Where a certificate is from."""
@@ -94,6 +96,11 @@ class Domain(msgspec.Struct):
     def needs_proof(self) -> bool:
         """Whether a certificate was brought for a name of which nobody knows whose it is."""
         return Source.CUSTOM in self.held and not self.proven_at
+
+    def is_given_up(self, now: float) -> bool:
+        """Whether it came on demand and has had no certificate for a day, though it was tried."""
+        last = max((held.expires_at for held in self.held.values()), default=self.added_at)
+        return self.origin is Origin.ON_DEMAND and self.trouble is not None and now > last + ON_DEMAND_HOPE_S
 
     def served(self, now: float) -> Source | None:
         """The certificate to show: a custom one while it is valid, else ours."""

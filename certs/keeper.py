@@ -154,6 +154,14 @@ class Keeper:
     def on_demand_is_busy(self) -> bool:
         return self._on_demand_under_way >= ON_DEMAND_AT_ONCE
 
+    def why_not_on_demand(self, name: str) -> str:
+        """Why an order for a stranger's name would have to wait for the budget; "" if it would not."""
+        try:
+            self._budget.check((name,), is_renewal=False, is_on_demand=True)
+        except AcmeError as error:
+            return error.detail
+        return ""
+
     def is_under_way(self, name: str) -> bool:
         return name in self._under_way
 
@@ -355,7 +363,7 @@ class Keeper:
         except AcmeError as error:
             self._note(domain, error)
             if domain.origin is Origin.ON_DEMAND and not domain.held and error.failure in _NOT_WORTH_KEEPING:
-                await self._drop(domain, error)
+                await self._drop(domain, error.detail)
                 return
         except (CertificateError, OSError) as error:
             self._note(domain, AcmeError(Failure.STORAGE, str(error)))
@@ -363,21 +371,27 @@ class Keeper:
             domain.trouble = None
             domain.avoid = ()
         try:
+            if domain.is_given_up(self._now()) and domain.trouble is not None:
+                await self._drop(domain, domain.trouble.detail)
+                return
             await self._save(domain)
         except (CertificateError, OSError) as error:
             _log.error("what is known of %s cannot be kept: %s", domain.name, error)
 
-    async def _drop(self, domain: Domain, error: AcmeError) -> None:
+    async def _drop(self, domain: Domain, why: str) -> None:
         """A name that a stranger came with and for which nothing can be had: it is not looked at for ever."""
+        name = domain.name
+        keys = [domain_key(name), *(order_key(name, kind) for kind in KeyType)]
+        keys += [certificate_key(name, source) for source in domain.held]
         try:
-            for key in (domain_key(domain.name), *(order_key(domain.name, kind) for kind in KeyType)):
+            for key in keys:
                 await asyncio.to_thread(self._store.delete, key)
         except (CertificateError, OSError) as failure:
-            _log.error("what is kept of %s cannot be removed: %s", domain.name, failure)
-        self._domains.pop(domain.name, None)
-        self._revisions.pop(domain.name, None)
-        self._shown.pop(domain.name, None)
-        await self._around.on_dropped(domain, error.detail)
+            _log.error("what is kept of %s cannot be removed: %s", name, failure)
+        self._domains.pop(name, None)
+        self._revisions.pop(name, None)
+        self._shown.pop(name, None)
+        await self._around.on_dropped(domain, why)
 
     async def _see_to(self, domain: Domain, key_type: KeyType) -> None:
         source = Source.RSA if key_type is KeyType.RSA else Source.ACME

@@ -59,6 +59,10 @@ class Pebble:
         self._tell("clear-a", {"host": f"{host}."})
         self._tell("add-a", {"host": f"{host}.", "addresses": list(addresses)})
 
+    def set_default_a(self, address: str) -> None:
+        """Of names for which nothing was set."""
+        self._tell("set-default-ipv4", {"ip": address})
+
     def set_cname(self, host: str, target: str) -> None:
         self._tell("set-cname", {"host": f"{host}.", "target": f"{target}."})
 

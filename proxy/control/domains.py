@@ -59,6 +59,7 @@ _OPEN_PATIENCE_S = 8.0  # what a question that comes before `open` is done waits
 _ISSUE_PATIENCE_S = 9.0  # a handshake waits for its certificate, with the worker's own time-out behind
 _PACK_PATIENCE_S = 5.0  # the control before may be in its last moments
 _SLICE = 64
+_STRANGERS_AT_ONCE = 256  # names whose admission is being found out
 _WARN_BEFORE_S = 7 * 86_400.0
 
 
@@ -88,6 +89,7 @@ class Domains:
         self._keeper: Keeper | None = None
         self._presenter: Presenter | None = None
         self._on_demand = OnDemand(clock)
+        self._around = _Around(self)
         self._asking: dict[str, asyncio.Task[str | None]] = {}
         self._showing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -128,7 +130,7 @@ class Domains:
         budget = Budget(self._store, self._clock.unix, limits_of(certs.acme_directory))
         policy = Policy(tuple(KeyType(one) for one in certs.key_types), certs.acme_profile, self._is_acme)
         keeper = Keeper(
-            self._client, self._store, budget, _Around(self), self._clock.unix, self._node,
+            self._client, self._store, budget, self._around, self._clock.unix, self._node,
             policy=policy, rng=self._rng,
         )  # fmt: skip
         for fault in await keeper.load():
@@ -379,14 +381,21 @@ class Domains:
         return None
 
     async def _admit(self, name: str) -> str | None:
-        """A name that nobody added: whether it becomes one on demand. One question however many ask."""
+        """A name that nobody added: whether it becomes one on demand. One question however many ask.
+
+        A handshake waits so long and no longer; what is found out later counts for the next.
+        """
         task = self._asking.get(name)
         if task is None:
-            if len(self._asking) >= 256:
+            if len(self._asking) >= _STRANGERS_AT_ONCE:
                 return "too many unknown names at once"
             task = self._asking[name] = spawn(self._admit_once(name), f"on demand {name}")
             task.add_done_callback(lambda done: self._asking.pop(name, None))
-        return await asyncio.shield(task)
+        try:
+            async with asyncio.timeout(self._on_demand.patience_s):
+                return await asyncio.shield(task)
+        except TimeoutError:
+            return f"whether {name} may have a certificate is still being found out"
 
     async def _admit_once(self, name: str) -> str | None:
         assert self._keeper is not None
@@ -404,15 +413,37 @@ class Domains:
         if app is None:
             return why
         now = self._clock.unix()
+        domain = Domain(name, app, Origin.ON_DEMAND, now, now)
+        # A name that leads elsewhere cannot be had: it is not kept, or anybody could fill the store with such.
         try:
-            await self._keeper.add(Domain(name, app, Origin.ON_DEMAND, now, now))
+            missing = await self._around.is_pointed(domain)
+        except AcmeError as error:
+            return error.detail
+        if missing:
+            self._on_demand.refuse(name, app, missing)
+            return missing
+        if self._keeper.on_demand_is_busy:
+            return "too many certificates are being made on demand"
+        why = self._keeper.why_not_on_demand(name) or self._on_demand.take(app, name, registered_domain(name))
+        if why:
+            return why
+        self._around.seen_pointed.add(name)
+        try:
+            await self._keeper.add(domain)
         except (CertificateError, OSError) as error:
             return str(error)
         await self.on_hostnames(app)
         return None
 
     async def _dropped(self, domain: Domain, why: str) -> None:
+        assert self._file is not None
         self._on_demand.refuse(domain.name, AppName(domain.app), why)
+        try:
+            await self._file.remove(domain.name)
+            await self._file.remove(f"rsa/{domain.name}")
+        except (CertificateError, OSError) as error:
+            log.error("the certificate of %s is still shown: %s", domain.name, error)
+        self.on_renewed(domain.name)
         await self.on_hostnames(AppName(domain.app))
 
     async def _show(self, domain: Domain) -> None:
@@ -739,6 +770,7 @@ class _Around:
 
     def __init__(self, domains: Domains) -> None:
         self._domains = domains
+        self.seen_pointed: set[str] = set()  # new names on demand that were looked at a moment ago
 
     @property
     def _presenter(self) -> Presenter:
@@ -755,6 +787,9 @@ class _Around:
         await self._presenter.clean_up(challenge)
 
     async def is_pointed(self, domain: Domain) -> str:
+        if domain.name in self.seen_pointed:
+            self.seen_pointed.remove(domain.name)
+            return ""
         return await self._presenter.is_pointed(domain)
 
     async def is_owned(self, domain: Domain) -> str:

@@ -19,16 +19,20 @@ from certs import CertificateError, PackWriter
 from certs.challenges import Challenge, ChallengeType, dns_value, tls_alpn_certificate
 from certs.diagnosis import Diagnosis, Finding, Problem, Wanted, diagnose
 from certs.dns_hooks import DnsHook, ExecHook, Rfc2136Hook, challenge_name, wait_visible
-from certs.domain import Domain
+from certs.domain import Domain, Origin
 from certs.errors import AcmeError, DnsHookError, Failure
 from certs.look import Look
 from certs.resolver import Resolver
 from proxy.clock import Clock
 from proxy.config import CertsSection, DnsHookSection
+from proxy.decide.on_demand import NameBuckets
 
 log = logging.getLogger(__name__)
 
 _THREADS = 4
+_STRANGERS_THREADS = 2
+_STRANGERS_LOOKS = 8  # at once, those that wait for a thread too
+_STRANGERS_BURST, _STRANGERS_HOUR = 20, 36_000.0  # ten a second: more than is ordered, with four orders at once
 
 T = TypeVar("T")
 
@@ -100,11 +104,16 @@ class Presenter:
         self._hook = _hook(certs.dns)
         # Looks and hooks wait for others: they must not take the threads that the store needs.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="dns")
+        # Names that strangers ask for may be served by DNS that never answers: they wait for each other alone.
+        self._strangers = ThreadPoolExecutor(_STRANGERS_THREADS, thread_name_prefix="strangers-dns")
+        self._strangers_looks = 0
+        self._strangers_rate = NameBuckets()
         self._pause = threading.Event()
 
     def close(self) -> None:
         self._pause.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._strangers.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
@@ -170,8 +179,19 @@ class Presenter:
 
     async def check(self, domain: Domain) -> Checked:
         """What DNS shows of a name now, and what is wrong with that."""
-        identities = await self._identities()
-        return await self._in_thread(self._check, domain, tuple(identities))
+        return await self._in_thread(self._check, domain, tuple(await self._identities()))
+
+    async def _check_strangers(self, domain: Domain) -> Checked:
+        now = self._clock.monotonic()
+        is_crowd = self._strangers_looks >= _STRANGERS_LOOKS
+        if is_crowd or not self._strangers_rate.take("", _STRANGERS_BURST, _STRANGERS_HOUR, now):
+            raise AcmeError(Failure.NOT_POINTED, "too many new names are looked at in DNS at once")
+        self._strangers_looks += 1
+        try:
+            loop, identities = asyncio.get_running_loop(), tuple(await self._identities())
+            return await loop.run_in_executor(self._strangers, self._check, domain, identities)
+        finally:
+            self._strangers_looks -= 1
 
     def _check(self, domain: Domain, identities: tuple[str, ...]) -> Checked:
         look = self._resolver.look(domain.name)
@@ -228,11 +248,14 @@ class Presenter:
             return ()  # the CA cannot be asked now: its own judgement comes later
 
     async def is_pointed(self, domain: Domain) -> str:
-        """ "" if it is worth asking the CA."""
+        """ "" if it is worth asking the CA. Raises AcmeError where too many of strangers are looked at already."""
         if not self._certs.check_dns:
             return ""
         try:
-            checked = await self.check(domain)
+            is_strangers = domain.origin is Origin.ON_DEMAND
+            checked = await (self._check_strangers(domain) if is_strangers else self.check(domain))
+        except AcmeError:
+            raise
         except (CertificateError, OSError) as error:
             log.warning("DNS of %s could not be looked at, the CA is asked all the same: %s", domain.name, error)
             return ""

@@ -1,7 +1,7 @@
 """Whether a certificate may be made for a name that nobody has added: rules, and how many new names are let in.
 
 Pure: `now` is monotonic seconds. Who is asked, and what comes of it, is control/on_demand.py's. A client that invents
-names (attack A17) costs one question a name, and no more orders than the bucket of its registered domain has.
+names (attack A17) costs one question a name, and no more of them than the bucket of its registered domain lets in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-_MOST_NAMES = 10_000
+_MOST_NAMES = 20_000
 _MOST_DOMAINS = 10_000
 
 
@@ -18,21 +18,21 @@ def is_allowed(name: str, rules: Sequence[str]) -> bool:
     return any(name == rule or (rule.startswith("*.") and name.endswith(rule[1:])) for rule in rules)
 
 
-class Refusals:
-    """Names that were refused, each for a while. The oldest go where there are too many."""
+class Answers:
+    """What was said of names, each for a while: why one is refused, or whose it is. The oldest make room."""
 
     def __init__(self, most: int = _MOST_NAMES) -> None:
         self._most = most
         self._until: OrderedDict[str, tuple[float, str]] = OrderedDict()
 
-    def add(self, name: str, why: str, until: float) -> None:
-        self._until[name] = until, why
+    def add(self, name: str, said: str, until: float) -> None:
+        self._until[name] = until, said
         self._until.move_to_end(name)
         if len(self._until) > self._most:
             self._until.popitem(last=False)
 
-    def why(self, name: str, now: float) -> str | None:
-        """Why it was refused, while that holds."""
+    def of(self, name: str, now: float) -> str | None:
+        """What was said, while that holds."""
         found = self._until.get(name)
         if found is None:
             return None
@@ -52,10 +52,13 @@ class NameBuckets:
         self._most = most
         self._filled: OrderedDict[str, tuple[float, float]] = OrderedDict()  # domain -> names left, when counted
 
+    def has_room(self, domain: str, burst: int, per_hour: float, now: float) -> bool:
+        """Whether `take` would take one now."""
+        return self._left(domain, burst, per_hour, now) >= 1.0
+
     def take(self, domain: str, burst: int, per_hour: float, now: float) -> bool:
         """Whether there is room for one more name of this domain; it is taken."""
-        left, at = self._filled.get(domain, (float(burst), now))
-        left = min(float(burst), left + (now - at) * per_hour / 3600.0)
+        left = self._left(domain, burst, per_hour, now)
         if left < 1.0:
             self._filled[domain] = left, now
             return False
@@ -64,3 +67,7 @@ class NameBuckets:
         if len(self._filled) > self._most:
             self._filled.popitem(last=False)
         return True
+
+    def _left(self, domain: str, burst: int, per_hour: float, now: float) -> float:
+        left, at = self._filled.get(domain, (float(burst), now))
+        return min(float(burst), left + (now - at) * per_hour / 3600.0)

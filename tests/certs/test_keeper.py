@@ -14,7 +14,7 @@ import pytest
 
 from certs.budget import OTHERS, Budget, Event, Limit
 from certs.challenges import Challenge, ChallengeType, dns_value
-from certs.domain import Domain, Origin, Source, certificate_key
+from certs.domain import Domain, Origin, Source, Trouble, certificate_key
 from certs.errors import Failure
 from certs.issuer import AcmeClient, certificate_id
 from certs.keeper import ON_DEMAND_AT_ONCE, Keeper, Policy
@@ -306,6 +306,21 @@ async def test_looking_often_does_not_make_the_schedule_grow(life: Life) -> None
     for _ in range(100):
         life.keeper.look("often.example.com")
     assert len(life.keeper._heap) <= 2
+
+
+async def test_a_name_on_demand_is_kept_a_day_after_its_last_certificate_has_ended(life: Life) -> None:
+    domain = await life.add("tenant.example.com", Origin.ON_DEMAND)
+    await life.until(lambda: Source.ACME in domain.held)
+    ends = domain.held[Source.ACME].expires_at
+    assert not domain.is_given_up(ends)
+    domain.trouble = Trouble(Failure.VALIDATION, "it moved away", "", 9, ends, ends, ends)
+    assert not domain.is_given_up(ends + 86_400) and domain.is_given_up(ends + 86_401)
+    life.front.faults.append(Fault("new order", problem("rejectedIdentifier", 403), times=9))
+    life.pass_time(ends + 86_401 - life.now())
+    life.keeper.look("tenant.example.com")
+    await life.until(lambda: life.around.dropped)
+    assert life.keeper.get("tenant.example.com") is None
+    assert life.store.get(certificate_key("tenant.example.com", Source.ACME)) is None
 
 
 async def test_our_own_limit_is_said_and_kept(life: Life) -> None:
