@@ -582,10 +582,18 @@ class Domains:
             await self._provide_internal(hostname)  # what fails is in the detail, and tried again
         return self._detail(domain)
 
+    async def _await_opened(self) -> None:
+        """A node that has just started takes certificates up a moment after it answers here."""
+        try:
+            async with asyncio.timeout(_OPEN_PATIENCE_S):
+                await self._opened.wait()
+        except TimeoutError:
+            raise DomainRefused("unavailable", "certificates cannot be managed now: see `wakefront status`") from None
+
     async def _added(self, app: str, hostname: str) -> Domain:
         """The record of a name that is the app's, new if there is none."""
-        if self._keeper is None or not self._opened.is_set():
-            raise DomainRefused("unavailable", "certificates cannot be managed now: see `wakefront status`")
+        await self._await_opened()
+        assert self._keeper is not None
         if app not in self._apps:
             raise DomainRefused("not_found", f"there is no app {app} here")
         owner = self._app_of(hostname)
@@ -625,10 +633,9 @@ class Domains:
         return detail
 
     async def check(self, app: str, hostname: str) -> Json:
+        await self._await_opened()
         domain = self._found(app, hostname)
-        assert self._keeper is not None
-        if self._presenter is None:
-            raise DomainRefused("unavailable", "certificates cannot be managed now: see `wakefront status`")
+        assert self._keeper is not None and self._presenter is not None
         if not self._is_kept(hostname) or (self._is_internal(domain) and not domain.held):
             return self._detail(domain) | {"dns_records": None, "findings": []}
         checked = await self._presenter.check(domain)
@@ -637,6 +644,7 @@ class Domains:
         return self._detail(domain) | check_json(checked.look, checked.diagnosis)
 
     async def renew(self, app: str, hostname: str) -> Json:
+        await self._await_opened()
         domain = self._found(app, hostname)
         assert self._keeper is not None
         if not domain.is_acme_wanted:
@@ -645,6 +653,7 @@ class Domains:
         return self._detail(domain)
 
     async def remove(self, app: str, hostname: str, kind: str | None) -> Json | None:
+        await self._await_opened()
         domain = self._found(app, hostname)
         assert self._keeper is not None and self._file is not None
         if not self._is_kept(hostname):
@@ -680,6 +689,7 @@ class Domains:
         return sorted(found, key=lambda one: str(one["next_at"] or "~"))
 
     async def roll_account_key(self) -> Json:
+        await self._await_opened()
         assert self._client is not None
         try:
             await self._client.roll_key()
