@@ -25,7 +25,7 @@ from bench.report import facts, facts_text, quantile, result_folder, table, writ
 from bench.wakefront import CONFIG, FLY_TOML, STATIC_APP, Wakefront
 from proxy.cli.client import ca_pem
 from proxy.cli.node import Api, ApiError, find_node
-from tests.support.pebble import is_installed, pebble
+from proxy.cli.pebble import is_installed, pebble
 
 APP = "shop"
 ORIGIN_BODY = b"hello from the shop\n"
