@@ -66,7 +66,8 @@ class SealedStore:
     def __init__(self, path: Path, secret: bytes, now: Callable[[], float]) -> None:
         """Open or make the file. `now` gives unix seconds, for the name of a file that is set aside.
 
-        Raises OSError if the folder cannot be written.
+        Raises OSError if the folder cannot be written, the disk is full or another process does not let go: what
+        is there is then left as it is.
         """
         self.path = Path(path)
         self.faults: list[str] = []
@@ -140,8 +141,8 @@ class SealedStore:
         try:
             return self._connect()
         except (sqlite3.DatabaseError, SealBrokenError) as error:
-            if isinstance(error, sqlite3.OperationalError) and not self.path.exists():
-                raise OSError(f"{self.path}: {error}") from error  # the folder cannot be written
+            if isinstance(error, sqlite3.DatabaseError) and _says_nothing_of_the_file(error, self.path):
+                raise OSError(f"{self.path}: {error}") from error
             aside = self._set_aside()
             with _as_os_error(self.path):
                 db = self._connect()
@@ -211,6 +212,20 @@ class SealedStore:
             db.execute("INSERT INTO records VALUES (?, 0, ?)", (_PROBE, self._seal.close(_PROBE_VALUE, _PROBE)))
         else:
             self._seal.open(row[0], _PROBE)
+
+
+# No room, no permission, no memory, another process at it: the file may be as good as ever.
+_PASSING = frozenset({
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_AUTH,
+})  # fmt: skip
+
+
+def _says_nothing_of_the_file(error: sqlite3.DatabaseError, path: Path) -> bool:
+    """Whether an error in opening is of a kind that passes, so that the file must be left where it is."""
+    code = getattr(error, "sqlite_errorcode", None)  # our own errors have none
+    return (code is not None and code & 0xFF in _PASSING) or not path.exists()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sqlite3
@@ -146,6 +147,25 @@ def _count(path: str, times: int) -> None:
             continue
         done += 1
     store.close()
+
+
+@pytest.mark.slow  # SQLite waits five seconds for the lock
+def test_a_file_that_another_holds_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "certs" / "store.db"
+    first = SealedStore(path, SECRET, time.time)
+    first.put("domain/a.example", b"kept")
+    first.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(OSError, match="locked"):
+            SealedStore(path, SECRET, time.time)
+        other.execute("ROLLBACK")
+    again = SealedStore(path, SECRET, time.time)
+    found = again.get("domain/a.example")
+    assert found is not None and found.value == b"kept" and again.faults == []
+    again.close()
+    assert sorted(one.name for one in path.parent.iterdir()) == ["store.db"]
 
 
 def test_of_two_processes_none_loses_the_others_write(tmp_path: Path) -> None:
