@@ -431,6 +431,7 @@ class Domains:
         try:
             await self._keeper.add(domain)
         except (CertificateError, OSError) as error:
+            self._around.seen_pointed.discard(name)
             return str(error)
         await self.on_hostnames(app)
         return None

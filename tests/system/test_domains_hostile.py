@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ import pytest
 
 from certs.store import SealedStore
 from tests.attacks import cases
-from tests.attacks.test_wedge import fill
+from tests.attacks.test_wedge import DAY_S, FAKETIME, fill
 from tests.support.faults import kill_control
 from tests.support.pebble import Pebble, is_installed, pebble
 from tests.support.plane import static_app
@@ -117,13 +118,15 @@ def _quietly(what: object) -> bool:
 
 
 @contextlib.contextmanager
-def hosted(folder: Path, node_folder: Path | None = None, more: str = "", sections: str = "") -> Iterator[Hosted]:
+def hosted(
+    folder: Path, node_folder: Path | None = None, more: str = "", env: dict[str, str] | None = None
+) -> Iterator[Hosted]:
     upstream = Upstream()
-    node = ServedNode(node_folder or folder / "node", workers=2)
+    node = ServedNode(node_folder or folder / "node", workers=2, env=env)
     try:
         with pebble(folder / "ca", node.http_port, node.https_port) as ca:
             web = static_app(node.folder, "web", upstream.address, more=more)
-            node.write_config(certs_section(ca, sections) + web)
+            node.write_config(certs_section(ca) + web)
             with node:
                 yield Hosted(node, ca, upstream)
     finally:
@@ -361,6 +364,46 @@ def add_surely(site: Hosted, host: str) -> None:
         return _quietly(lambda: site.add(host) == 201)
 
     wait_for(added, 30, lambda: f"{host} is added\n{site.node.log()[-3000:]}")
+
+
+# --- a clock that is wrong
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed")
+@pytest.mark.parametrize("days", [2, -2])
+def test_a_clock_that_is_days_off_orders_once_and_status_says_how_far(tmp_path: Path, days: int) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text(f"{days:+d}d\n")
+    env = {
+        "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1",
+    }  # fmt: skip
+    with hosted(tmp_path, env=env) as one:
+        assert one.add("skewed.example.com") == 201
+        one.wait_active("skewed.example.com")
+        first = one.leaf_of("skewed.example.com")
+        side = "ahead of" if days > 0 else "behind"
+
+        def told() -> str | None:
+            shown = one.node.cli("status")
+            return next((line for line in shown.splitlines() if "clock" in line and side in line), None)
+
+        line = wait_for(told, 5, lambda: one.node.cli("status"))
+        found = re.search(r"clock is (\d+) s", line)
+        assert found is not None and abs(int(found[1]) - abs(days) * DAY_S) < 120, line
+        metrics = one.node.api("GET", "/metrics")[1]
+        skew = re.search(r"^wakefront_ca_clock_skew_seconds(?:\{.*\})? (\S+)$", metrics, re.MULTILINE)
+        assert skew is not None and abs(float(skew[1]) + days * DAY_S) < 120, metrics[:2000]
+        kill_control(one.node)
+        time.sleep(3.0)  # what would be renewed in a circle would be so by now
+        assert one.leaf_of("skewed.example.com") == first
+        assert orders_at(one.ca) == 1
+        clock.write_text("+0\n")  # the clock is mended
+        assert one.add("mended.example.com") == 201
+        one.wait_active("mended.example.com")
+        wait_for(lambda: told() is None, 5, lambda: one.node.cli("status"))
+        assert one.leaf_of("skewed.example.com") == first and orders_at(one.ca) == 2
+        assert "Traceback" not in one.node.log()
 
 
 # --- a store that is lost, a disk without room
