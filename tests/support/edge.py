@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -250,3 +251,4 @@ class EdgeHarness:
         self.edge.close()
         self._spool.cleanup()
         self.socket.close()
+        os.close(self._fd)
