@@ -7,6 +7,7 @@ often.
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -15,6 +16,7 @@ from certs.errors import Failure
 from certs.pack import digest
 
 ON_DEMAND_HOPE_S = 86_400.0
+_CLOCK_SET_S = 60.0
 
 
 class Source(enum.StrEnum):
@@ -59,6 +61,10 @@ class Trouble(msgspec.Struct, frozen=True):
     at: float
     next_try_at: float
 
+    def due_at(self, now: float) -> float:
+        """When to try again: at once where it was noted in a time that has not come, for the clock was set back."""
+        return self.next_try_at if self.at <= now + _CLOCK_SET_S else now
+
 
 class Domain(msgspec.Struct):
     """The record of one name, at `domain/<name>` in the store."""
@@ -75,21 +81,22 @@ class Domain(msgspec.Struct):
     trouble: Trouble | None = None
     proven_at: float = 0.0  # ownership, for a custom certificate
 
-    def next_at(self, now: float, key_types: int, is_ordered: bool = True) -> float:
+    def next_at(self, now: float, ordered: Collection[Source], is_ordered: bool = True) -> float:
         """When it is to be looked at again: `now` or before if it is at once; infinity if nothing is to be done.
 
-        `is_ordered`: whether the CA is asked for this name at all (keeper.Policy.is_ordered).
+        `ordered`: the certificates that are kept in time (`sources_of`); others are left to end. `is_ordered`: whether
+        the CA is asked for this name at all (keeper.Policy.is_ordered).
         """
         times = [held.expires_at for held in self.held.values() if held.expires_at > now]
         if (self.is_acme_wanted and is_ordered) or self.needs_proof:
             if self.trouble is not None:
-                times.append(self.trouble.next_try_at)
-            elif self.needs_proof or sum(source is not Source.CUSTOM for source in self.held) < key_types:
+                times.append(self.trouble.due_at(now))
+            elif self.needs_proof or any(source not in self.held for source in ordered):
                 return now
             else:
-                for source, held in self.held.items():
-                    if source is not Source.CUSTOM:
-                        times.append(min(held.renew_at, held.ask_ari_at or held.renew_at))
+                for source in ordered:
+                    held = self.held[source]
+                    times.append(min(held.renew_at, held.ask_ari_at or held.renew_at))
         return min(times, default=float("inf"))
 
     @property
@@ -109,6 +116,11 @@ class Domain(msgspec.Struct):
             if held is not None and now < held.expires_at and (source is not Source.CUSTOM or self.proven_at):
                 return source
         return None
+
+
+def sources_of(key_types: Iterable[str]) -> frozenset[Source]:
+    """The certificates that are ordered where these types of keys are asked for."""
+    return frozenset(Source.RSA if one == "rsa" else Source.ACME for one in key_types)
 
 
 def domain_key(name: str) -> str:

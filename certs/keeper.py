@@ -26,7 +26,7 @@ import msgspec
 from certs.budget import Budget, Event, set_of
 from certs.certificate import Certificate
 from certs.challenges import ChallengeType, Presenter
-from certs.domain import Domain, Origin, Source, Trouble, certificate_key, domain_key, held_of
+from certs.domain import Domain, Origin, Source, Trouble, certificate_key, domain_key, held_of, sources_of
 from certs.errors import AcmeError, CertificateError, ConflictError, Failure, OrderHeldError
 from certs.issuer import AcmeClient, certificate_id
 from certs.names import registered_domain
@@ -41,7 +41,7 @@ ON_DEMAND_AT_ONCE = 4
 _LONGEST_SLEEP_S = 60.0  # the clock may be set
 _HELD_RETRY_S = 5.0  # another node has the order
 _ARI_RETRY_S = 6 * 3600.0
-_LEAST_AGE_S = 600.0  # of a certificate that the CA suggests to renew
+_LEAST_AGE_S = 600.0  # of a certificate that is to be renewed
 
 
 class Surroundings(Presenter, Protocol):
@@ -95,6 +95,7 @@ class Keeper:
         """`owner` is this node, the same after a restart: its orders are gone on with at once."""
         self.client = client
         self.policy = policy
+        self._sources = sources_of(policy.key_types)
         self._store = store
         self._budget = budget
         self._around = around
@@ -268,9 +269,14 @@ class Keeper:
 
     async def run(self) -> None:
         """Look at each name when it is due, for ever."""
+        before = self._now()
         while True:
             self._wake.clear()
             now = self._now()
+            if now < before - _LONGEST_SLEEP_S:  # the clock was set back: what failed before that is not in the future
+                for one in self._domains.values():
+                    self._schedule(one)
+            before = now
             later: list[tuple[float, str]] = []
             while self._heap and self._heap[0][0] <= now:
                 at, name = heapq.heappop(self._heap)
@@ -308,8 +314,8 @@ class Keeper:
 
     def _next_at(self, domain: Domain, now: float) -> float:
         if self._shown.get(domain.name) is not domain.served(now):
-            return domain.trouble.next_try_at if domain.trouble is not None else now
-        return domain.next_at(now, len(self.policy.key_types), self.policy.is_ordered(domain.name))
+            return domain.trouble.due_at(now) if domain.trouble is not None else now
+        return domain.next_at(now, self._sources, self.policy.is_ordered(domain.name))
 
     def _schedule(self, domain: Domain) -> None:
         at = self._next_at(domain, self._now())
@@ -330,8 +336,8 @@ class Keeper:
             if not done.cancelled() and (error := done.exception()) is not None:
                 _log.error("looking after %s failed: %r", domain.name, error, exc_info=error)
                 self._note(domain, AcmeError(Failure.STORAGE, repr(error)))
-            if self._domains.get(domain.name) is domain:
-                self._schedule(domain)
+            if (current := self._domains.get(domain.name)) is not None:  # the name may have come again meanwhile
+                self._schedule(current)
             self._wake.set()
             self._tell(domain.name)
 
@@ -370,10 +376,13 @@ class Keeper:
         else:
             domain.trouble = None
             domain.avoid = ()
+        if domain.is_given_up(self._now()) and domain.trouble is not None:
+            await self._drop(domain, domain.trouble.detail)
+        else:
+            await self._save_or_tell(domain)
+
+    async def _save_or_tell(self, domain: Domain) -> None:
         try:
-            if domain.is_given_up(self._now()) and domain.trouble is not None:
-                await self._drop(domain, domain.trouble.detail)
-                return
             await self._save(domain)
         except (CertificateError, OSError) as error:
             _log.error("what is known of %s cannot be kept: %s", domain.name, error)
@@ -381,6 +390,9 @@ class Keeper:
     async def _drop(self, domain: Domain, why: str) -> None:
         """A name that a stranger came with and for which nothing can be had: it is not looked at for ever."""
         name = domain.name
+        self._domains.pop(name, None)
+        self._revisions.pop(name, None)
+        self._shown.pop(name, None)
         keys = [domain_key(name), *(order_key(name, kind) for kind in KeyType)]
         keys += [certificate_key(name, source) for source in domain.held]
         try:
@@ -388,9 +400,10 @@ class Keeper:
                 await asyncio.to_thread(self._store.delete, key)
         except (CertificateError, OSError) as failure:
             _log.error("what is kept of %s cannot be removed: %s", name, failure)
-        self._domains.pop(name, None)
-        self._revisions.pop(name, None)
-        self._shown.pop(name, None)
+        if (anew := self._domains.get(name)) is not None:  # somebody added it just now
+            self._revisions.pop(name, None)
+            await self._save_or_tell(anew)
+            return
         await self._around.on_dropped(domain, why)
 
     async def _see_to(self, domain: Domain, key_type: KeyType) -> None:
@@ -470,6 +483,8 @@ class Keeper:
         held = held_of(certificate, key_type, now)
         asks = now if await self.client.has_renewal_info() else 0.0
         renew_at = due_at(held.valid_from, held.expires_at, None, f"{domain.name} {held.serial}")
+        # by a clock that is months ahead a new one is due already: no circle of orders comes of it
+        renew_at = max(renew_at, now + min(_LEAST_AGE_S, (held.expires_at - held.valid_from) / 3))
         domain.held = {**domain.held, source: msgspec.structs.replace(held, renew_at=renew_at, ask_ari_at=asks)}
         domain.trouble = None
         await self._save(domain)

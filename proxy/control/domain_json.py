@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Collection
 from typing import Any
 
 from certs.diagnosis import Diagnosis
@@ -134,13 +135,13 @@ def _one(source: str, status: str, held: list[Held]) -> Json:
     }
 
 
-def forecast_json(domain: Domain, now: float, key_types: int) -> Json:
+def forecast_json(domain: Domain, now: float, ordered: Collection[Source]) -> Json:
     """What happens to it next, and whether its certificate will end before there is another."""
     trouble, source = domain.trouble, domain.served(now)
     held = domain.held[source] if source is not None else None
     ours = [one for kind, one in domain.held.items() if kind is not Source.CUSTOM]
     renew_at = min((one.renew_at for one in ours), default=0.0)
-    next_at = domain.next_at(now, key_types)
+    next_at = domain.next_at(now, ordered)
     will_fail, reason, action = False, "", "renew"
     if trouble is not None:
         action = "try again"

@@ -33,7 +33,7 @@ from certs import (
 from certs.budget import Budget, limits_of
 from certs.challenges import Challenge, ChallengeType
 from certs.custom import CustomRefusedError, Fault, judge_custom
-from certs.domain import Domain, Origin, Source
+from certs.domain import Domain, Origin, Source, sources_of
 from certs.errors import AcmeError
 from certs.issuer import AcmeClient, ExternalAccount
 from certs.keeper import Keeper, Policy
@@ -683,7 +683,7 @@ class Domains:
             return []
         now = self._clock.unix()
         found = [
-            forecast_json(one, now, len(self._certs.key_types))
+            forecast_json(one, now, sources_of(self._certs.key_types))
             for one in self._keeper.all()
             if not self._is_internal(one)
         ]

@@ -371,3 +371,63 @@ async def test_a_clock_that_is_days_off_orders_all_the_same_and_is_told(life: Li
         await asyncio.sleep(0.2)
         assert not life.keeper.is_under_way(name)
     assert len(life.orders()) == 2
+
+
+async def test_a_key_type_that_is_no_longer_ordered_is_let_end_in_peace(life: Life) -> None:
+    life.policy = Policy((KeyType.ECDSA, KeyType.RSA))
+    await life.restart()
+    domain = await life.add("fewer.example.com")
+    await life.until(lambda: len(domain.held) == 2)
+    life.policy = Policy()
+    await life.restart()
+    again = life.keeper.get("fewer.example.com")
+    assert again is not None
+    life.pass_time(again.held[Source.RSA].renew_at - life.now() + 2 * DAY)
+    await life.until(lambda: life.keeper.renewed == 1)
+    await asyncio.sleep(0.3)
+
+    def revision() -> int:
+        entry = life.store.get("domain/fewer.example.com")
+        assert entry is not None
+        return entry.revision
+
+    before = revision()
+    await asyncio.sleep(1)
+    assert revision() == before
+
+
+async def test_a_certificate_of_another_key_type_does_not_stand_for_the_one_that_is_ordered(life: Life) -> None:
+    life.policy = Policy((KeyType.RSA,))
+    await life.restart()
+    domain = await life.add("other.example.com")
+    await life.until(lambda: Source.RSA in domain.held)
+    life.policy = Policy((KeyType.ECDSA,))
+    await life.restart()
+    again = life.keeper.get("other.example.com")
+    assert again is not None
+    await life.until(lambda: Source.ACME in again.held)
+
+
+async def test_a_failure_of_a_time_that_has_not_come_is_tried_again_at_once(life: Life) -> None:
+    """The clock was years ahead when it failed, and was set right."""
+    life.offset_s = 3650 * DAY
+    life.around.missing["early.example.com"] = "it points elsewhere"
+    domain = await life.add("early.example.com")
+    await life.until(lambda: domain.trouble is not None)
+    del life.around.missing["early.example.com"]
+    life.pass_time(-3650 * DAY)
+    await life.until(lambda: Source.ACME in domain.held)
+
+
+async def test_a_name_that_comes_again_while_it_is_dropped_is_kept(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    life.around.missing["back.example.com"] = "it points elsewhere"
+    come: list[Domain] = []
+
+    async def add_again(domain: Domain, why: str) -> None:
+        life.around.missing.clear()
+        come.append(await life.add("back.example.com"))
+        await asyncio.sleep(0.3)
+
+    monkeypatch.setattr(life.around, "on_dropped", add_again)
+    await life.add("back.example.com", Origin.ON_DEMAND)
+    await life.until(lambda: come and Source.ACME in come[0].held)
