@@ -39,6 +39,7 @@ def begin_to_end(node: ServedNode) -> None:
 
 
 def test_requests_under_way_and_half_an_upload_are_answered(node: ServedNode) -> None:
+    node.client_context()  # got once, and not by ten commands at once
     with ThreadPoolExecutor(21) as pool, node.connect("counted") as upload:
         slow = [pool.submit(node.get, "counted", "/work?ms=3000", tls=place % 2 == 0) for place in range(20)]
         upload.sendall(b"POST /work?id=1 HTTP/1.1\r\nHost: counted.apps.localhost\r\nContent-Length: 10\r\n\r\nhalf.")
