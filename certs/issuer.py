@@ -377,11 +377,14 @@ class AcmeClient:
 
     async def roll_key(self) -> AccountRecord:
         """Give the account a new key (RFC 8555 §7.3.5). Survives an end at any point: the new key is stored first."""
-        account = await self.open()
         directory = await self._get_directory()
         if not directory.keyChange:
             raise AcmeError(Failure.REFUSED, "the CA offers no change of keys")
         async with self._opening:
+            self._account = None  # one that was cut off before is settled first: its key may be the one that counts
+            await self._open_account()
+            assert self._account is not None
+            account = self._account
             new_pem = key_to_pem(new_key()).decode()
             account = await self._save(msgspec.structs.replace(account, next_key_pem=new_pem))
             new_jwk = _jwk(new_pem)
@@ -389,7 +392,11 @@ class AcmeClient:
                 {"account": account.url, "oldKey": self._jwk.public_key().to_partial_json()},
                 new_jwk, None, directory.keyChange,
             )  # fmt: skip
-            await self._post(directory.keyChange, json.loads(inner))
+            try:
+                await self._post(directory.keyChange, json.loads(inner))
+            except BaseException:
+                self._account = None  # the CA may have it or not: whoever is next finds out
+                raise
             return await self._save(msgspec.structs.replace(account, key_pem=new_pem, next_key_pem=""))
 
     async def _open_account(self) -> None:

@@ -46,15 +46,28 @@ class CertificateFile:
 
     async def put(self, name: str, chain_pem: bytes, key_pem: bytes) -> bool:
         """Whether it was another before. Raises CertificateError, OSError."""
-        async with self._lock:
-            return await asyncio.to_thread(self._pack.append, name, chain_pem, key_pem)
+        return await self._write(self._pack.append, name, chain_pem, key_pem)
 
     def has(self, name: str, digest_hex: str) -> bool:
         return self._pack.has(name, digest_hex)
 
     async def remove(self, name: str) -> bool:
+        return await self._write(self._pack.remove, name)
+
+    async def _write(self, call: Callable[..., bool], *arguments: object) -> bool:
+        """A thread cannot be cancelled: whoever is, waits for its write, or the next would be in the midst of it."""
         async with self._lock:
-            return await asyncio.to_thread(self._pack.remove, name)
+            done = asyncio.get_running_loop().run_in_executor(None, call, *arguments)
+            is_cancelled = False
+            while not done.done():
+                try:
+                    await asyncio.wait({done})
+                except asyncio.CancelledError:
+                    is_cancelled = True
+            if is_cancelled:
+                done.exception()  # nobody is left to be told
+                raise asyncio.CancelledError
+            return done.result()
 
     def close(self) -> None:
         self._pack.close()

@@ -242,6 +242,42 @@ async def test_a_change_of_the_accounts_key_may_be_cut_off(
     second.store.close()
 
 
+async def test_two_changes_of_the_accounts_key_at_once_leave_the_one_that_the_ca_has(
+    tmp_path: Path, ca: Pebble, shower: Shower
+) -> None:
+    first = Orders(tmp_path, ca, shower)
+    account = await first.client.open()
+    await asyncio.gather(first.client.roll_key(), first.client.roll_key())
+    await first.client.close()
+    first.store.close()
+    second = Orders(tmp_path, ca, shower)
+    assert (await second.client.open()).url == account.url
+    assert (await second.order(Want(("twice.example.com",)))).name == "twice.example.com"
+    await second.client.close()
+    second.store.close()
+
+
+async def test_a_change_of_the_accounts_key_whose_answer_is_lost_may_be_asked_for_again(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = await orders.client.open()
+    real = orders.client._post
+
+    async def lose(url: str, *rest: object) -> object:
+        answer = await real(url, *rest)  # type: ignore[arg-type]  # as it was called
+        if "roll" in url or "key" in url:
+            monkeypatch.setattr(orders.client, "_post", real)
+            raise AcmeError(Failure.NETWORK, "the connection was reset")
+        return answer
+
+    monkeypatch.setattr(orders.client, "_post", lose)
+    with pytest.raises(AcmeError, match="reset"):
+        await orders.client.roll_key()
+    after = await orders.client.roll_key()
+    assert (after.url, after.next_key_pem) == (account.url, "")
+    assert (await orders.order(Want(("lost.example.com",)))).name == "lost.example.com"
+
+
 async def test_an_external_account_is_bound_and_its_lack_is_told(tmp_path: Path, shower: Shower) -> None:
     key = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
     with pebble(
