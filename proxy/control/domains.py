@@ -93,6 +93,7 @@ class Domains:
         self._asking: dict[str, asyncio.Task[str | None]] = {}
         self._showing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
+        self._built_for: tuple[object, ...] = ()
         self.faults: dict[str, str] = {}  # name -> why it has no certificate; "" -> of the store
         self.on_renewed: Callable[[str], None] = lambda name: None
         self.on_hostnames: Callable[[AppName], Awaitable[None]] = _nobody  # names were added or removed
@@ -151,10 +152,18 @@ class Domains:
         self._make_presenter()
         await self._reconcile()
         self._opened.set()
+        self._built_for = self._built_from()
+        self._begin()
+
+    def _built_from(self) -> tuple[object, ...]:
+        """What keeper and presenter are made of."""
+        return self._certs, self._ports, self._domain
+
+    def _begin(self) -> None:
         self._tasks = [
             spawn(self._keep_internal(), "internal certificates"),
             spawn(self._keep_acme(), "certificates"),
-            spawn(self._show_all(), "show certificates"),
+            spawn(self._show_all(), "show certificates"),  # an order that was cut off may have stored one
         ]
 
     def _open(self) -> None:
@@ -170,13 +179,14 @@ class Domains:
 
     def _make_presenter(self) -> None:
         assert self._file is not None and self._client is not None
-        if self._presenter is not None:
-            self._presenter.close()
+        before = self._presenter
         self._presenter = Presenter(
             self._certs, self._ports, self._file, self._clock, self._client.caa_identities,
             lambda app: f"{app}.{self._domain}" if app else self._domain, self._domain, self._account_url,
             self._ownership,
         )  # fmt: skip
+        if before is not None:
+            before.close()
 
     def _ownership(self, app: str) -> str:
         """What proves in DNS that a name is the app's: nobody can guess it, or use that of another node's app."""
@@ -232,20 +242,19 @@ class Domains:
 
     async def apply(self, plan: NodePlan) -> None:
         """A new plan counts from now on."""
-        is_other = plan.certs != self._certs or plan.public_ports != self._ports or plan.domain != self._domain
         self._take(plan)
-        if is_other and self._opened.is_set():
+        if self._built_for != self._built_from() and self._opened.is_set():
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             assert self._keeper is not None
             await self._keeper.close()
-            self._keeper = await self._loaded_keeper()
-            self._make_presenter()
-            self._tasks = [
-                spawn(self._keep_internal(), "internal certificates"),
-                spawn(self._keep_acme(), "certificates"),
-            ]
+            try:
+                self._keeper = await self._loaded_keeper()
+                self._make_presenter()
+                self._built_for = self._built_from()
+            finally:  # the keeper before goes on where there is no other
+                self._begin()
         if self._opened.is_set():
             await self._reconcile()
 
