@@ -308,7 +308,11 @@ class Server:
                 admin_host=old.admin_host, admin_port=old.admin_port,
                 settings=_with_identity(new.settings, old.settings),
             )  # fmt: skip
-            await self.domains.apply(self._plan)
+            try:
+                await self.domains.apply(self._plan)
+            except (CertificateError, OSError) as failure:
+                log.error("certificates are as before: %s", failure)
+                self._reload_warnings.append(f"[certs] is as before: {failure}")
             changes = await self.apps.apply(self._plan)
             self._config_faults = []
             await asyncio.to_thread(keep_plan, _kept_path(self._ctx), self._plan)

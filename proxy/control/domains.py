@@ -248,12 +248,14 @@ class Domains:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             assert self._keeper is not None
-            await self._keeper.close()
+            self._opened.clear()  # who comes meanwhile waits for the keeper that counts
             try:
+                await self._keeper.close()
                 self._keeper = await self._loaded_keeper()
                 self._make_presenter()
                 self._built_for = self._built_from()
             finally:  # the keeper before goes on where there is no other
+                self._opened.set()
                 self._begin()
         if self._opened.is_set():
             await self._reconcile()
