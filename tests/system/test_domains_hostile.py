@@ -325,7 +325,7 @@ def test_another_acme_client_behind_the_node_gets_its_own_certificate(site: Host
 
 
 def test_names_added_while_control_is_killed_again_and_again_have_one_order_each(site: Hosted) -> None:
-    """Six times (twenty and more in ./run soak): five names are added, and control is killed at a moment of their orders."""
+    """Again and again five names are added, and control is killed at a moment of their orders."""
     rng = random.Random("kill -9 in the middle of orders")
     rounds, before = cases(6), orders_at(site.ca)
     slowest = 0.0
