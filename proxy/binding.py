@@ -1,4 +1,4 @@
-"""Binds the public addresses, for the supervisor: for each, one SO_REUSEPORT socket per slot.
+"""Binds the public addresses and the backhaul's, for the supervisor: for each, one SO_REUSEPORT socket per slot.
 
 There are as many slots as there ever were workers: with fewer of them each accepts on several slots, for a listening
 socket that is closed takes with it the clients that wait in its queue.
@@ -128,7 +128,7 @@ def bind_all(
         try:
             made.append(_bind(address, slots, held, deadline))
         except OSError as error:
-            faults.append(f"{_name(address)} (public port {address.public_port}): {_explain(error, address)}")
+            faults.append(f"{_name(address)} ({address.meaning}): {_explain(error, address)}")
     if admin is not None and admin.port:
         try:
             for one in _resolve(admin):

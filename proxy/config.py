@@ -38,7 +38,7 @@ from proxy.model import (
     WakeOn,
     WakeRules,
 )
-from proxy.process import ListenAddress, ServePlan
+from proxy.process import BACKHAUL, ListenAddress, ServePlan
 from proxy.wire.fly_keys import KeyClass, KeyUse
 from proxy.wire.fly_toml import DEFAULT_GROUP, FlyToml, FlyTomlResult, Volume, is_env_name, read_command, read_fly_toml
 from proxy.wire.toml_table import (
@@ -79,6 +79,38 @@ class ListenSection:
     public: tuple[ListenAddress, ...]
     admin_host: str
     admin_port: int
+    backhaul: ListenAddress | None = None  # where other nodes reach this one; None = there are none
+
+
+@dataclass(frozen=True, slots=True)
+class RegionSection:
+    """Where a region is, for what is not measured yet."""
+
+    code: RegionCode
+    latitude: float  # degrees, north positive
+    longitude: float  # degrees, east positive
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSection:
+    """Another node of the fleet."""
+
+    name: str
+    region: RegionCode
+    host: str  # an IP address, or a name
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSection:
+    """The engine that nodes share what must be right in: NATS with JetStream, the operator's or one of our own."""
+
+    urls: tuple[str, ...] = field(default=(), repr=False)  # of the operator's servers; may hold passwords
+    embedded: bool = False  # start one here
+    listen: str = ""  # of the embedded: "IP:PORT" for those of other nodes; "" = none reach it
+    routes: tuple[str, ...] = ()  # "HOST:PORT" of the embedded servers of other nodes
+    ca_file: str | None = None  # absolute; None = the system's roots
+    domain: str = ""  # of JetStream, where this node's server is a leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +302,14 @@ class NodeConfig:
     limits: LimitsSection = LimitsSection()
     apps: tuple[AppConfig, ...] = ()
     keys: tuple[KeyUse, ...] = ()  # keys of config.toml that have no effect yet
+    regions: tuple[RegionSection, ...] = ()
+    peers: tuple[PeerSection, ...] = ()
+    cluster: ClusterSection | None = None
+
+    @property
+    def is_fleet(self) -> bool:
+        """Whether there may be other nodes."""
+        return self.listen.backhaul is not None
 
     @property
     def public_ports(self) -> tuple[int, ...]:
@@ -334,7 +374,7 @@ def plan(config: NodeConfig, config_path: str | os.PathLike[str], host: Host | N
         config_path=os.path.abspath(config_path),
         data_dir=config.node.data_dir,
         workers=config.node.workers or (host or Host.this()).cores,
-        listen=config.listen.public,
+        listen=config.listen.public + ((config.listen.backhaul,) if config.listen.backhaul is not None else ()),
         drain_timeout_s=config.limits.drain_timeout_s,
         retire_timeout_s=config.node.retire_timeout_s,
         admin=ListenAddress(0, config.listen.admin_host, config.listen.admin_port),
@@ -381,9 +421,14 @@ class Source:
         for fault in faults:
             line = fault.line or line_of(lines, fault.path)
             shown = _printable(rows[line - 1]) if line and line <= len(rows) else None
-            if "env" in fault.path or fault.path[-1:] in (
-                ("acme_eab_hmac_key",),
-                ("key_secret",),
+            if (
+                "env" in fault.path
+                or fault.path[-1:]
+                in (
+                    ("acme_eab_hmac_key",),
+                    ("key_secret",),
+                )
+                or fault.path[:2] == ("cluster", "urls")
             ):  # what stands there may be a secret: it is not repeated
                 fault, shown = dataclasses.replace(fault, value=""), None
             expectation = _printable(fault.expectation)
@@ -408,8 +453,9 @@ class _ConfigReader:
 
     def read(self) -> NodeConfig:
         only_known(self.top, _SECTIONS)
-        self._note_kept()
         node, listen, limits = self._node(), self._listen(), self._limits()
+        regions, peers, cluster = self._regions(), self._peers(node, listen), self._cluster()
+        self._check_fleet(node)
         tables = self.top.tables("apps")
         apps = [app for table in tables if (app := _AppReader(self, table, node).read()) is not None]
         self._check_duplicates(apps)
@@ -417,7 +463,7 @@ class _ConfigReader:
         self._warn_of_owner(apps)
         return NodeConfig(
             self.path, node, listen, self._certs(), self._log(node), limits, tuple(app for app, _ in apps),
-            tuple(self.keys),
+            tuple(self.keys), regions, peers, cluster,
         )  # fmt: skip
 
     def resolve(self, text: str) -> str:
@@ -430,18 +476,6 @@ class _ConfigReader:
             only_known(table, known)
         return table
 
-    def _note_kept(self) -> None:
-        for section in ("regions", "peers", "cluster"):
-            if section in self.top:
-                self.keys.append(KeyUse((section,), KeyClass.KEPT, "one node only: regions and clusters come later"))
-        for _, table in self.top.entries("regions"):
-            only_known(table, ("latitude", "longitude"))
-            table.number("latitude", -90, 90)
-            table.number("longitude", -180, 180)
-        for table in self.top.tables("peers"):
-            only_known(table, ("name", "region", "backhaul"))
-        self._section("cluster", "urls", "embedded", "listen", "routes")
-
     # --- sections
 
     def _node(self) -> NodeSection:
@@ -452,7 +486,7 @@ class _ConfigReader:
         node = _build(
             NodeSection,
             name=name or self.host.name,
-            region=_matching(table, "region", r"[a-z0-9][a-z0-9-]{0,31}", "lower case letters, digits and dashes"),
+            region=_matching(table, "region", _REGION, "lower case letters, digits and dashes"),
             domain=None if domain is None else to_hostname(table, "domain", domain),
             workers=table.integer("workers", 0, 256),
             on_exit=table.text("on_exit", choices=("stop", "keep")),
@@ -465,13 +499,13 @@ class _ConfigReader:
         table = self._section("listen")
         public: list[ListenAddress] = []
         for key in table.values:
-            if key in ("backhaul", "dns"):
+            if key == "dns":
                 self.keys.append(KeyUse(("listen", key), KeyClass.KEPT, "not in this version yet"))
-            elif key != "admin":
+            elif key not in ("admin", "backhaul"):
                 public += self._public_port(table, key)
         if not public and not any(key.isdecimal() for key in table.values):
             public = [ListenAddress(port, *bind) for port, bind in DEFAULT_LISTEN.items()]
-        admin = self._admin(table)
+        admin, backhaul = self._admin(table), self._backhaul(table)
         taken: dict[tuple[str, int], int | str] = {(admin[0], admin[1]): "admin"} if admin[1] else {}
         for one in public:
             if one.port and (one.host, one.port) in taken:
@@ -479,11 +513,13 @@ class _ConfigReader:
                     str(one.public_port), f"{one.host}:{one.port} is bound for {taken[one.host, one.port]} already"
                 )
             taken.setdefault((one.host, one.port), one.public_port)
-        return ListenSection(tuple(public), *admin)
+        if backhaul is not None and backhaul.port and (holder := taken.get((backhaul.host, backhaul.port))):
+            table.error("backhaul", f"{backhaul.host}:{backhaul.port} is bound for {holder} already")
+        return ListenSection(tuple(public), *admin, backhaul)
 
     def _public_port(self, table: Table, key: str) -> list[ListenAddress]:
         if not re.fullmatch(r"[0-9]{1,5}", key) or not 1 <= int(key) <= 65535:
-            expected = 'expected a public port in 1-65535 such as "443", or admin'
+            expected = 'expected a public port in 1-65535 such as "443", or admin or backhaul'
             table.error(key, expected, suggest(key, ("admin", "backhaul", "dns")))
             return []
         addresses = []
@@ -505,6 +541,119 @@ class _ConfigReader:
                 "admin", "the admin API speaks plain HTTP: on an address that others reach its token can be read"
             )
         return host, port
+
+    def _backhaul(self, table: Table) -> ListenAddress | None:
+        if (text := table.text("backhaul")) is None:
+            return None
+        address = parse_address(text, low_port=0)
+        if address is None:
+            table.error("backhaul", 'expected an address "IP:PORT" such as "10.0.0.5:7443"')
+            return None
+        return ListenAddress(BACKHAUL, *address)
+
+    # --- the fleet
+
+    def _says(self, section: str, key: str) -> bool:
+        table = self.top.raw(section)
+        return isinstance(table, Mapping) and key in table
+
+    def _regions(self) -> tuple[RegionSection, ...]:
+        regions = []
+        for code, table in self.top.entries("regions"):
+            only_known(table, ("latitude", "longitude"))
+            if not re.fullmatch(_REGION, code) or code == "any":
+                self.reader.error(table.path, code, "expected a region's code: lower case letters, digits and dashes")
+            latitude, longitude = table.number("latitude", -90, 90), table.number("longitude", -180, 180)
+            for key, value in (("latitude", latitude), ("longitude", longitude)):
+                if value is None and key not in table:
+                    table.error(key, "expected degrees: latitude and longitude go together")
+            if latitude is not None and longitude is not None:
+                regions.append(RegionSection(RegionCode(code), latitude, longitude))
+        return tuple(regions)
+
+    def _peers(self, node: NodeSection, listen: ListenSection) -> tuple[PeerSection, ...]:
+        peers: list[PeerSection] = []
+        for table in self.top.tables("peers"):
+            only_known(table, _PEER_KEYS)
+            name = _matching(table, "name", _NODE_LABEL, _NODE_LABEL_EXPECTED)
+            region = _matching(table, "region", _REGION, "lower case letters, digits and dashes")
+            text = table.text("backhaul")
+            address = parse_remote(text) if text is not None else None
+            for key in _PEER_KEYS:
+                if key not in table:
+                    table.error(key, f"expected the peer's {_PEER_KEYS[key]}")
+            if address is None and text is not None:
+                table.error("backhaul", 'expected "HOST:PORT", at which this node reaches it, such as "10.0.0.6:7443"')
+            if name == node.name:
+                table.error("name", "is this node's own name: a peer is another node")
+            if name is not None and any(one.name == name for one in peers):
+                table.error("name", "is the name of another peer too")
+            if address is not None and any((one.host, one.port) == address for one in peers):
+                table.error("backhaul", "is the address of another peer too")
+            if (
+                address is not None
+                and listen.backhaul is not None
+                and address == (listen.backhaul.host, listen.backhaul.port)
+            ):
+                table.error("backhaul", "is this node's own address")
+            if name is not None and region is not None and address is not None:
+                peers.append(PeerSection(name, RegionCode(region), *address))
+        return tuple(peers)
+
+    def _cluster(self) -> ClusterSection | None:
+        if (table := self.top.table("cluster")) is None:
+            return None
+        only_known(table, _fields(ClusterSection))
+        urls, embedded = table.texts("urls"), table.flag("embedded")
+        for one in urls:
+            if not is_url(one, ("nats", "tls", "ws", "wss")):
+                table.reader.error(table.at("urls"), one, 'expected URLs such as "nats://10.0.0.9:4222"')
+        if embedded and urls:
+            table.error("embedded", "urls name servers of yours: expected either those or embedded = true")
+        elif not embedded and not urls:
+            table.error("urls", "expected the URLs of NATS servers, or embedded = true to start one here")
+        for key in ("listen", "routes"):
+            if key in table and not embedded:
+                table.error(key, "only with embedded = true: it is of the server that is started here")
+        listen = table.text("listen")
+        if listen is not None and parse_address(listen, low_port=1) is None:
+            table.error("listen", 'expected an address "IP:PORT" for the servers of other nodes')
+        for one in (routes := table.texts("routes")):
+            if parse_remote(one) is None:
+                table.reader.error(table.at("routes"), one, 'expected "HOST:PORT" of the servers of other nodes')
+        ca_file = table.text("ca_file")
+        if ca_file is not None and not os.path.isfile(ca_file := self.resolve(ca_file)):
+            table.error("ca_file", f"expected a file of roots in PEM: there is no {ca_file}")
+        return _build(
+            ClusterSection,
+            urls=urls,
+            embedded=embedded,
+            listen=listen,
+            routes=routes,
+            ca_file=ca_file,
+            domain=_matching(table, "domain", r"[A-Za-z0-9_-]{1,64}", "letters, digits, dashes and underscores"),
+        )
+
+    def _check_fleet(self, node: NodeSection) -> None:
+        """What a node needs to be one of several: an address, and a name that can stand in its certificate."""
+        if not self._says("listen", "backhaul"):
+            for section in ("peers", "cluster"):
+                if section in self.top:
+                    what = "peers reach this node" if section == "peers" else "the nodes of a cluster reach each other"
+                    expected = f'needs an address at which {what}: add backhaul = "IP:PORT" to [listen]'
+                    self.reader.error((section,), MISSING, expected)
+            return
+        if not re.fullmatch(_NODE_LABEL, node.name):
+            given = self._says("node", "name")
+            where = "" if given else f" (the host's is {node.name!r})"
+            near = re.sub(r"[^a-z0-9-]+", "-", node.name.partition(".")[0].lower()).strip("-")
+            expected = (
+                f"with listen.backhaul the name stands in the node's certificate: expected {_NODE_LABEL_EXPECTED}"
+            )
+            self.reader.error(
+                ("node", "name"), node.name if given else MISSING, expected + where,
+                near if re.fullmatch(_NODE_LABEL, near) else None,
+            )  # fmt: skip
 
     def _certs(self) -> CertsSection:
         table = self._section("certs", *_fields(CertsSection))
@@ -1153,6 +1302,10 @@ class _AppReader:
 _ReadApp = tuple[AppConfig, Table]
 
 _SECTIONS: Final = ("node", "listen", "certs", "regions", "peers", "cluster", "log", "limits", "apps")
+_PEER_KEYS: Final = {"name": "name", "region": "region", "backhaul": 'address, "HOST:PORT"'}
+_REGION: Final = r"[a-z0-9][a-z0-9-]{0,31}"
+_NODE_LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # RFC 1123 §2.1, and one spelling only
+_NODE_LABEL_EXPECTED: Final = "lower case letters, digits and inner dashes, 63 at most"
 _APP_KEYS: Final = (
     "name", "fly_toml", "driver", "command", "cwd", "user", "count", "network", "wake_on", "wake_timeout",
     "idle_timeout", "hostnames", "env", "connect_timeout", "first_byte_timeout", "stream_idle_timeout", "max_waiters",
@@ -1194,6 +1347,17 @@ def parse_address(text: str, *, low_port: int) -> tuple[str, int] | None:
     except ValueError:
         return None
     return (str(address), int(port)) if is_bracketed == (address.version == 6) else None
+
+
+def parse_remote(text: str) -> tuple[str, int] | None:
+    """`10.0.0.6:7443`, `[2001:db8::6]:7443` or `node-b.example:7443` as host and port of another node, or None."""
+    if (address := parse_address(text, low_port=1)) is not None:
+        return None if ipaddress.ip_address(address[0]).is_unspecified else address
+    host, _, port = text.lower().rpartition(":")
+    is_name = len(host) <= 253 and re.fullmatch(rf"{_NODE_LABEL}(\.{_NODE_LABEL})*", host)
+    if not is_name or re.fullmatch(r"[0-9.]+", host) or not re.fullmatch(r"[0-9]{1,5}", port):
+        return None
+    return (host, int(port)) if 1 <= int(port) <= 65535 else None
 
 
 def to_hostname(table: Table, key: str, text: str, *, wildcards: bool = False) -> str | None:

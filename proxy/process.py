@@ -13,15 +13,23 @@ import resource
 import socket
 import ssl
 from dataclasses import asdict, dataclass, field, fields
+from typing import Final
+
+BACKHAUL: Final = 0  # stands where a public port does, for the address at which other nodes reach this one
 
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
     """One bind address of one public port. Clients mean `public_port`, whatever port is bound."""
 
-    public_port: int
+    public_port: int  # or BACKHAUL
     host: str
     port: int
+
+    @property
+    def meaning(self) -> str:
+        """What it is for, in messages."""
+        return "backhaul" if self.public_port == BACKHAUL else f"public port {self.public_port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,10 @@ class ServePlan:
         """Sockets, the table snapshot, the pid file: what lives no longer than the processes do."""
         return os.path.join(self.data_dir, "run")
 
+    @property
+    def backhaul(self) -> ListenAddress | None:
+        return next((one for one in self.listen if one.public_port == BACKHAUL), None)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -58,7 +70,7 @@ class ServePlan:
 class ListenSocket:
     """A listening socket (SO_REUSEPORT), held by the supervisor as long as its address is listened on."""
 
-    public_port: int
+    public_port: int  # or BACKHAUL
     socket: socket.socket
 
 

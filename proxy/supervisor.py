@@ -212,7 +212,7 @@ class Supervisor:
     def run(self) -> int:
         """Serve until drained; the exit status."""
         self._take_signals()
-        bound = [f"{one.host}:{one.port} ({one.public_port})" for one in self._bindings.addresses()]
+        bound = [f"{one.host}:{one.port} ({one.public_port or 'backhaul'})" for one in self._bindings.addresses()]
         self._log("info", f"pid {self._pid}, {self.plan.workers} workers, listening on {', '.join(bound) or 'nothing'}")
         while self.stage is not Stage.ENDED:
             self._turn()

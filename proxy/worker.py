@@ -59,7 +59,7 @@ from proxy.ipc import (
     write,
 )
 from proxy.model import AppName, Machine, MachineState
-from proxy.process import ChildContext, raise_open_files, unix_address
+from proxy.process import BACKHAUL, ChildContext, raise_open_files, unix_address
 from proxy.state import W_LOOP_LAG_US, SharedMemory
 
 BEAT_S = 0.5
@@ -108,7 +108,8 @@ class Worker:
         self._mailbox = Mailbox(ctx.plan.run_dir, ctx.slot)
         self._handed: tuple[int, socket.socket] | None = None  # internal port and connection, for the record under way
         self._bells = Bells(ctx.plan.run_dir, ctx.slot)
-        public_ports = {listener.public_port: listener.socket.getsockname()[1] for listener in ctx.listeners}
+        public = [one for one in ctx.listeners if one.public_port != BACKHAUL]
+        public_ports = {one.public_port: one.socket.getsockname()[1] for one in public}
         self.edge = EdgeContext(
             loop, self._memory, ctx.slot, Settings(PROTOCOL, "", "local", ""), public_ports, self._link,
             Path(ctx.plan.data_dir) / "spool", self._bells.ring, ctx.plan.workers,
@@ -158,6 +159,8 @@ class Worker:
 
     async def _listen(self) -> None:
         for one in self._ctx.listeners:
+            if one.public_port == BACKHAUL:
+                continue  # nothing here speaks with other nodes yet: what they send waits in the kernel's queue
             self._listeners.append(await self._listener(one.public_port, one.socket))
 
     async def _listener(self, public_port: int, sock: socket.socket) -> Listener:
@@ -169,9 +172,12 @@ class Worker:
         """Accept for a slot whose worker can't start: its queue would otherwise keep its share of clients waiting."""
         log.info("accepting for slot %d too, until its worker starts", slot)
         self._uncover(slot)  # a supervisor that has become another program does not know that it has asked already
-        self._covered[slot] = [
-            await self._listener(port, sock) for port, sock in zip(public_ports, sockets, strict=True)
-        ]
+        self._covered[slot] = []
+        for port, sock in zip(public_ports, sockets, strict=True):
+            if port == BACKHAUL:
+                sock.close()
+            else:
+                self._covered[slot].append(await self._listener(port, sock))
 
     def _uncover(self, slot: int) -> None:
         for listener in self._covered.pop(slot, []):

@@ -11,7 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy import config as config_module
-from proxy.config import AppConfig, Host, LoadResult, NodeConfig, load, plan
+from proxy.cli import check
+from proxy.config import (
+    AppConfig,
+    ClusterSection,
+    Host,
+    LoadResult,
+    NodeConfig,
+    PeerSection,
+    RegionSection,
+    load,
+    plan,
+)
 from proxy.control.plan import keep_plan, kept_plan, plan_of
 from proxy.ipc import Settings
 from proxy.model import (
@@ -19,12 +30,13 @@ from proxy.model import (
     AppLimits,
     Balance,
     Endpoint,
+    RegionCode,
     RestartPolicy,
     StickyCookie,
     WakeOn,
     WakeRules,
 )
-from proxy.process import ListenAddress
+from proxy.process import BACKHAUL, ListenAddress, ServePlan
 from proxy.wire.fly_keys import KEYS, USED
 
 ROOT = Path(__file__).parent.parent
@@ -225,15 +237,144 @@ def test_on_demand_needs_somebody_who_permits(node: Node) -> None:
     assert (app.on_demand.allow, app.on_demand.ask_timeout_s) == (("*.kunden.example",), 0.5)
 
 
-def test_sections_of_later_versions_are_kept_without_effect(node: Node) -> None:
-    config = node.good(
-        "[regions.ams]\nlatitude = 52.3\nlongitude = 4.8\n"
-        '[[peers]]\nname = "b"\nregion = "fra"\nbackhaul = "10.0.0.1:1"\n'
-        '[cluster]\nembedded = true\n[listen]\ndns = "127.0.0.1:53"\n'
-    )
-    assert {key.key for key in config.keys} == {"regions", "peers", "cluster", "listen.dns"}
+def test_a_key_of_a_later_version_is_kept_without_effect(node: Node) -> None:
+    config = node.good('[listen]\ndns = "127.0.0.1:53"\n')
+    assert {key.key for key in config.keys} == {"listen.dns"}
     assert all(key.reason for key in config.keys)
     assert config.listen.public[0].public_port == 80
+
+
+# --- the fleet
+
+BACKHAUL_AT = '[listen]\nbackhaul = "10.0.0.5:7443"\n'
+PEER = '[[peers]]\nname = "b"\nregion = "fra"\nbackhaul = "10.0.0.6:7443"\n'
+
+
+def test_a_node_of_a_fleet_says_where_the_others_reach_it_and_where_they_are(node: Node) -> None:
+    config = node.good(
+        BACKHAUL_AT + "[regions.ams]\nlatitude = 52.3\nlongitude = 4\n"
+        + PEER + '[[peers]]\nname = "c-2"\nregion = "ams"\nbackhaul = "C.Example:7000"\n'
+        + '[cluster]\nembedded = true\nlisten = "10.0.0.5:6222"\nroutes = ["10.0.0.6:6222", "c.example:6222"]\n'
+    )  # fmt: skip
+    assert config.is_fleet
+    assert config.listen.backhaul == ListenAddress(BACKHAUL, "10.0.0.5", 7443)
+    assert config.regions == (RegionSection(RegionCode("ams"), 52.3, 4.0),)
+    assert config.peers == (
+        PeerSection("b", RegionCode("fra"), "10.0.0.6", 7443), PeerSection("c-2", RegionCode("ams"), "c.example", 7000)
+    )  # fmt: skip
+    assert config.cluster == ClusterSection(
+        embedded=True, listen="10.0.0.5:6222", routes=("10.0.0.6:6222", "c.example:6222")
+    )
+    made = plan_of(config)
+    assert (made.backhaul, made.regions) == (config.listen.backhaul, config.regions)
+    assert (made.peers, made.cluster) == (config.peers, config.cluster)
+
+
+def test_a_node_by_itself_has_no_backhaul(node: Node) -> None:
+    config = node.good("")
+    assert (config.is_fleet, config.listen.backhaul, config.peers, config.cluster) == (False, None, (), None)
+    assert plan(config, "config.toml", NOBODY).backhaul is None
+
+
+def test_the_supervisor_binds_the_backhaul_as_it_binds_public_ports(node: Node) -> None:
+    config = node.good(BACKHAUL_AT + '80 = ["127.0.0.1:8080"]\n')
+    made = ServePlan.from_json(plan(config, "config.toml", NOBODY).to_json())
+    assert made.listen == (ListenAddress(80, "127.0.0.1", 8080), ListenAddress(BACKHAUL, "10.0.0.5", 7443))
+    assert made.backhaul == made.listen[1]
+    assert config.public_ports == (80,)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5", "node-a:7443", ":7443", "10.0.0.5:70000", "[::1", "::1:80"])
+def test_a_backhaul_that_cannot_be_bound_is_refused(node: Node, address: str) -> None:
+    assert node.errors(f'[listen]\nbackhaul = "{address}"\n').keys() == {"listen.backhaul"}
+
+
+@pytest.mark.parametrize("other", ['80 = ["10.0.0.5:7443"]', 'admin = "10.0.0.5:7443"'])
+def test_the_backhaul_shares_no_address(node: Node, other: str) -> None:
+    assert "bound for" in node.errors(BACKHAUL_AT + other + "\n")["listen.backhaul"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("Node-A", "node-a"), ("a.example", "a"), ("a_b", "a-b"), ("a-", "a"), ("...", None), ("x" * 63 + "y", None)],
+)
+def test_a_node_of_a_fleet_is_named_as_a_certificate_can_name_it(node: Node, name: str, meant: str | None) -> None:
+    host = Host(name, 65534, 4)
+    (fault,) = node.load(BACKHAUL_AT, host).errors
+    assert (fault.key, fault.did_you_mean) == ("node.name", meant)
+    assert repr(name) in fault.expectation and "certificate" in fault.expectation
+    assert node.load("", host).errors == ()
+    assert node.errors(f'[node]\nname = "n"\n{BACKHAUL_AT}', host) == {}
+
+
+@pytest.mark.parametrize("section", [PEER, "[cluster]\nembedded = true\n"])
+def test_peers_and_clusters_need_a_backhaul(node: Node, section: str) -> None:
+    (expectation,) = node.errors(section).values()
+    assert "[listen]" in expectation and 'backhaul = "IP:PORT"' in expectation
+
+
+@pytest.mark.parametrize(
+    ("peers", "key"),
+    [
+        (PEER + PEER.replace("10.0.0.6", "10.0.0.7"), "peers[1].name"),
+        (PEER + PEER.replace('"b"', '"c"'), "peers[1].backhaul"),
+        (PEER.replace('"b"', '"host"'), "peers[0].name"),
+        (PEER.replace('"b"', '"B"'), "peers[0].name"),
+        (PEER.replace('"b"', '"b.c"'), "peers[0].name"),
+        (PEER.replace("10.0.0.6", "10.0.0.5"), "peers[0].backhaul"),
+        (PEER.replace("10.0.0.6", "0.0.0.0"), "peers[0].backhaul"),
+        (PEER.replace("10.0.0.6", "1.2.3"), "peers[0].backhaul"),
+        (PEER.replace("7443", "0"), "peers[0].backhaul"),
+        (PEER.replace('"fra"', '"Fra"'), "peers[0].region"),
+        (PEER.replace('region = "fra"\n', ""), "peers[0].region"),
+        (PEER.replace('name = "b"\n', ""), "peers[0].name"),
+        (PEER + "port = 1\n", "peers[0].port"),
+    ],
+)
+def test_a_peer_is_another_node_with_a_name_and_an_address_of_its_own(node: Node, peers: str, key: str) -> None:
+    assert node.errors(BACKHAUL_AT + peers).keys() == {key}
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("", "urls"),
+        ('urls = ["nats://a:1"]\nembedded = true\n', "embedded"),
+        ('urls = ["http://a:1"]\n', "urls"),
+        ('urls = ["nats://a:1"]\nlisten = "10.0.0.5:6222"\n', "listen"),
+        ('urls = ["nats://a:1"]\nroutes = ["10.0.0.6:6222"]\n', "routes"),
+        ('embedded = true\nlisten = "x"\n', "listen"),
+        ('embedded = true\nroutes = ["10.0.0.6"]\n', "routes"),
+        ('embedded = true\nca_file = "none.pem"\n', "ca_file"),
+        ('embedded = true\ndomain = "a.b"\n', "domain"),
+        ("embedded = true\nname = 1\n", "name"),
+    ],
+)
+def test_a_cluster_is_servers_of_ones_own_or_one_started_here(node: Node, text: str, key: str) -> None:
+    assert node.errors(f"{BACKHAUL_AT}[cluster]\n{text}").keys() == {f"cluster.{key}"}
+
+
+def test_passwords_in_the_urls_of_a_cluster_are_not_repeated(node: Node) -> None:
+    text = BACKHAUL_AT + '[cluster]\nurls = ["nats://me:s3cret@a:1", "http://me:s3cret@a:1"]\n'
+    result = node.load(text)
+    assert [fault.key for fault in result.errors] == ["cluster.urls"]
+    assert "s3cret" not in str(result.errors) and "s3cret" not in repr(result.draft)
+    assert "s3cret" not in str(check.report(result)["cluster"])
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("[regions.ams]\nlatitude = 91\nlongitude = 4\n", {"regions.ams.latitude"}),
+        ("[regions.ams]\nlatitude = 52\nlongitude = -181.0\n", {"regions.ams.longitude"}),
+        ("[regions.ams]\nlatitude = 52\n", {"regions.ams.longitude"}),
+        ("[regions.ams]\n", {"regions.ams.latitude", "regions.ams.longitude"}),
+        ("[regions.Ams]\nlatitude = 52\nlongitude = 4\n", {"regions.Ams"}),
+        ("[regions.any]\nlatitude = 52\nlongitude = 4\n", {"regions.any"}),
+    ],
+)
+def test_a_region_lies_somewhere_on_earth(node: Node, text: str, keys: set[str]) -> None:
+    assert node.errors(text).keys() == keys
 
 
 def test_the_access_log_is_a_file_beside_config_toml_or_none(node: Node) -> None:
@@ -703,6 +844,8 @@ def test_the_example_loads_and_shows_every_key_with_its_default() -> None:
     commented = set(re.findall(r"[a-z_]+", path.read_text()))
     assert {"acme_directory", "acme_email", "acme_ca_file", "backhaul", "dns", "latitude"} | hidden <= commented
     assert {*config_module._ACCESS_KEYS, *config_module._WAKE_KEYS} <= commented
+    fleet = {*config_module._PEER_KEYS, *config_module._fields(ClusterSection), "latitude", "longitude"}
+    assert fleet <= commented, fleet - commented
 
 
 def test_the_examples_app_shows_the_defaults_of_an_app(node: Node) -> None:
@@ -728,7 +871,8 @@ def load_text(text: str, folder: Path) -> NodeConfig:
 
 _names = st.sampled_from(
     [*config_module._SECTIONS, *config_module._APP_KEYS, *config_module._ACCESS_KEYS, *config_module._WAKE_KEYS,
-     "80", "443", "admin", "id", "address", "web", "issuer",
+     *config_module._fields(ClusterSection), "80", "443", "admin", "backhaul", "latitude",
+     "id", "address", "web", "issuer",
      "region", "domain", "data_dir", "workers", "access", "urls", "name"]
 )  # fmt: skip
 _scalars = st.one_of(
@@ -761,6 +905,7 @@ def test_the_configuration_page_names_every_key() -> None:
     own = {*config_module._fields(config_module.NodeSection), *config_module._fields(config_module.LimitsSection)}
     own |= {*config_module._APP_KEYS, *config_module._SECTIONS, "issuer", "access", "format", "admin", "id", "address"}
     own |= {*config_module._ACCESS_KEYS, *config_module._WAKE_KEYS}
+    own |= {*config_module._PEER_KEYS, *config_module._fields(config_module.ClusterSection), "latitude", "longitude"}
     assert own <= words, own - words
     used = {key.split(".")[-1] for key, reason in KEYS.items() if reason == USED and "*" not in key}
     assert used - {"name", "command", "retries", "policy"} <= words, used - words

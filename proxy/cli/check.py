@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from proxy.cli.failure import USAGE
 from proxy.cli.output import print_json
-from proxy.config import AppConfig, LoadResult, NodeConfig, load, load_fly_toml
+from proxy.config import AppConfig, ClusterSection, LoadResult, NodeConfig, load, load_fly_toml
 from proxy.decide.autostop import WarmHours
 from proxy.machines import volumes
 from proxy.machines.driver import DriverError, Mount
@@ -59,7 +60,11 @@ def report(result: LoadResult) -> Report:
             "listen": {
                 "public": plain(config.listen.public),
                 "admin": _address(config.listen.admin_host, config.listen.admin_port),
-            },
+            }
+            | ({"backhaul": _address(backhaul.host, backhaul.port)} if (backhaul := config.listen.backhaul) else {}),
+            "regions": plain(config.regions),
+            "peers": plain(config.peers),
+            "cluster": _cluster(config.cluster),
             "certs": plain(config.certs),
             "log": plain(config.log),
             "limits": plain(config.limits),
@@ -67,6 +72,15 @@ def report(result: LoadResult) -> Report:
             "keys": _keys(config.keys),
         }
     return node | {"faults": [_fault(one) for one in faults]}
+
+
+def _cluster(cluster: ClusterSection | None) -> Report | None:
+    """The engine that nodes share; what is in front of a URL's host may be a password, and is left out."""
+    if cluster is None:
+        return None
+    hidden = tuple(re.sub(r"//[^/@]*@", "//", one) for one in cluster.urls)
+    report: Report = plain(dataclasses.replace(cluster, urls=hidden))
+    return report
 
 
 def report_fly_toml(path: str | os.PathLike[str]) -> Report:
@@ -218,6 +232,12 @@ def _host_faults(config: NodeConfig) -> list[Fault]:
 # --- for people
 
 
+def _fleet(node: Report) -> str:
+    peers, cluster = node["peers"], node["cluster"]
+    engine = "none" if cluster is None else "embedded NATS" if cluster["embedded"] else ", ".join(cluster["urls"])
+    return f"backhaul {node['listen']['backhaul']}, {_plural(len(peers), 'peer')}, cluster engine {engine}"
+
+
 def render(node: Report, console: Console) -> None:
     """Draw a report of `report`: the node, each app, every fault, and the sum."""
     if "node" in node:
@@ -227,6 +247,8 @@ def render(node: Report, console: Console) -> None:
         public = node["listen"]["public"]
         bound = ", ".join(f"{one['public_port']} at {_address(one['host'], one['port'])}" for one in public)
         _put(console, f"  public ports {bound or 'none'}")
+        if "backhaul" in node["listen"]:
+            _put(console, f"  {_fleet(node)}")
         _render_keys(node["keys"], console, "  ")
     for app in node.get("apps", ()):
         _render_app(app, console)

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from proxy.config import AppConfig, CertsSection, GroupConfig, NodeConfig, OnDemandSection
+from proxy.config import (
+    AppConfig,
+    CertsSection,
+    ClusterSection,
+    GroupConfig,
+    NodeConfig,
+    OnDemandSection,
+    PeerSection,
+    RegionSection,
+)
 from proxy.decide.autostop import WarmHours
 from proxy.ipc import PROTOCOL, Settings
 from proxy.model import (
@@ -28,6 +37,7 @@ from proxy.model import (
     WakeOn,
     WakeRules,
 )
+from proxy.process import ListenAddress
 from proxy.wire.fly_toml import NamedCheck
 
 
@@ -133,6 +143,10 @@ class NodePlan:
     drain_timeout_s: float = 30.0
     certs: CertsSection = field(default_factory=CertsSection)
     public_ports: tuple[int, ...] = ()  # that are listened on
+    backhaul: ListenAddress | None = None  # None: a node by itself
+    regions: tuple[RegionSection, ...] = ()
+    peers: tuple[PeerSection, ...] = ()
+    cluster: ClusterSection | None = None
     identity: str = ""  # of this data_dir; machine ids are derived from it
 
 
@@ -165,6 +179,10 @@ def plan_of(config: NodeConfig) -> NodePlan:
         drain_timeout_s=limits.drain_timeout_s,
         certs=config.certs,
         public_ports=config.public_ports,
+        backhaul=config.listen.backhaul,
+        regions=config.regions,
+        peers=config.peers,
+        cluster=config.cluster,
     )
 
 

@@ -19,7 +19,7 @@ import trustme
 from proxy.binding import BindError, bind_all
 from proxy.children import Place
 from proxy.orphans import STRAYS_KEPT
-from proxy.process import ListenAddress
+from proxy.process import BACKHAUL, ListenAddress
 from proxy.supervisor import exec_supervisor
 from tests.support.processes import cpu_s, descendants, state_of, wait_for
 from tests.support.supervised import ROOT, Supervised, ask
@@ -98,6 +98,25 @@ def test_what_a_successor_counts_stays_when_others_die(node: Supervised) -> None
     os.kill(other, signal.SIGKILL)
     node.wait_replaced("worker", 0, other)
     assert node.ask_worker()["in_flight"] == 1
+
+
+def test_the_backhaul_has_a_socket_in_every_worker_as_a_public_port_has(tmp_path: Path) -> None:
+    listen = (ListenAddress(80, "127.0.0.1", 0), ListenAddress(BACKHAUL, "127.0.0.1", 0))
+    with Supervised(tmp_path / "data", listen=listen) as node:
+        node.wait_ready()
+        (port,) = (one["port"] for one in node.status()["listen"] if one["public_port"] == BACKHAUL)
+        slots = set()
+        while len(slots) < 2:  # the kernel chooses
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as peer:
+                slots.add(ask(peer)["slot"])
+        assert f"127.0.0.1:{port} (backhaul)" in node.log()
+
+
+def test_a_backhaul_that_is_taken_is_told_as_that() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = ListenAddress(BACKHAUL, "127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(BindError, match=r"\(backhaul\): something else listens there"):
+            bind_all([address], 1)
 
 
 def test_connections_queued_at_a_killed_worker_are_answered_by_its_successor(node: Supervised) -> None:
