@@ -16,11 +16,14 @@ For names that no public CA can know, and for development, there is an authority
 `CertificateManager.get(name)` looks in memory, then in a `Storage`, then asks it, once however many ask. Its storage is
 a folder of files (`SealedFolder`) that hold nothing readable without the node's secret (`load_or_make_secret`).
 
+The nodes of a fleet know each other by certificates of an authority that they share (`cluster`), over TLS that asks
+both ends for one (`node_tls`).
+
 Processes that only show certificates read them, and the challenges, from one file (`PackReader`) that the issuing
 process appends to (`PackWriter`); they need no one else alive for that.
 
 Files under a node's data folder: `secret.key`, `certs/store.db`, `certs/ca.pem` (public), `certs/internal/root.sealed`,
-`certs/leaf/<name>.sealed`.
+`certs/leaf/<name>.sealed`, `certs/cluster/*.sealed`.
 """
 
 from certs.certificate import Certificate

@@ -80,3 +80,11 @@ class LookupFailedError(CertificateError):
 
 class DnsHookError(CertificateError):
     """A TXT record could not be set or removed; it says by whom, and why."""
+
+
+class NoClusterError(CertificateError):
+    """This node belongs to no fleet yet: it has neither made an authority nor joined one."""
+
+
+class PeerRefusedError(CertificateError):
+    """What another node shows does not prove that it is of this fleet; it says why."""

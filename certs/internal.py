@@ -19,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from certs.certificate import Certificate
 from certs.errors import NameRefusedError
-from certs.keys import key_from_pem, key_to_pem, new_key
+from certs.keys import key_from_pem, key_to_pem, key_usage, new_key
 from certs.storage import Storage, write_atomically
 
 ROOT_LIFE = datetime.timedelta(days=3650)
@@ -82,7 +82,7 @@ class InternalCA:
             .not_valid_after(min(now + LEAF_LIFE, root.leaf.not_valid_after_utc))
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=not subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(digital_signature=True), critical=True)
+            .add_extension(key_usage(digital_signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
@@ -107,7 +107,7 @@ class InternalCA:
             .not_valid_before(now - _CLOCK_SKEW)
             .not_valid_after(now + ROOT_LIFE)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
+            .add_extension(key_usage(key_cert_sign=True, crl_sign=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .sign(key, hashes.SHA256())
         )
@@ -115,19 +115,3 @@ class InternalCA:
 
     def _datetime(self) -> datetime.datetime:
         return datetime.datetime.fromtimestamp(self._now(), datetime.UTC)
-
-
-def _key_usage(
-    *, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False
-) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=digital_signature,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=key_cert_sign,
-        crl_sign=crl_sign,
-        encipher_only=False,
-        decipher_only=False,
-    )
