@@ -1349,6 +1349,10 @@ def parse_address(text: str, *, low_port: int) -> tuple[str, int] | None:
     return (str(address), int(port)) if is_bracketed == (address.version == 6) else None
 
 
+def is_region_code(text: str) -> bool:
+    return re.fullmatch(_REGION, text) is not None
+
+
 def parse_remote(text: str) -> tuple[str, int] | None:
     """`10.0.0.6:7443`, `[2001:db8::6]:7443` or `node-b.example:7443` as host and port of another node, or None."""
     if (address := parse_address(text, low_port=1)) is not None:
