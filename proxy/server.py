@@ -23,12 +23,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import uvloop
 
-from certs import CertificateError
+from certs import CertificateError, Seal, SealedFolder, load_or_make_secret
 from certs.names import custom_domain
 from proxy import clock, config, ipc, namespace
 from proxy.control.api import Api
@@ -40,6 +41,8 @@ from proxy.control.fine_timer import FineClock
 from proxy.control.idle import IdleWatch
 from proxy.control.link import Hub, Link
 from proxy.control.machines import Fleet, Owned, WakeResult
+from proxy.control.membership import Membership, advertised
+from proxy.control.membership_api import MembershipApi
 from proxy.control.plan import NodePlan, keep_plan, kept_plan, plan_of
 from proxy.control.prober import plain_socket
 from proxy.control.store import Store
@@ -163,6 +166,9 @@ class Server:
         self._tasks: list[asyncio.Task[Any]] = []  # Any: each ends with nothing
         self._api_fault = ""
         self._certificate_fault = ""
+        self._fleet_fault = ""
+        self._is_in_fleet = False
+        self.membership: Membership | None = None  # set once it is open: this node is one of a fleet
         self.is_ready = False
         self.ended = asyncio.Event()
         self.store = Store(os.path.join(ctx.plan.data_dir, "wakefront.db"))
@@ -185,6 +191,7 @@ class Server:
         self.api = Api(self, self.apps, self.fleet, self.store, self.metrics, self._clock, ctx.plan.data_dir)
         self.api.checks_of = self.checks.checks_of
         self.api.certificates = CertificatesApi(self.domains, custom_domain, lambda app: self.apps.get(app) is not None)
+        self.api.membership = MembershipApi(self._membership_or_why, self._clock.unix)
         self.idle = IdleWatch(
             self.fleet, memory, self._clock, self.apps.pools, plan.region, self._autostop_interval_s, _make_socket
         )
@@ -207,6 +214,7 @@ class Server:
         self._spawn(self.apps.keep_snapshot(), "table snapshot")
         self._spawn(self.idle.run(), "idle")
         self._spawn(self._open_domains(), "open certificates")
+        self._begin_membership()
         await self._open_api()
         self._channel.open()
         self.is_ready = True
@@ -308,6 +316,9 @@ class Server:
                 admin_host=old.admin_host, admin_port=old.admin_port,
                 settings=_with_identity(new.settings, old.settings),
             )  # fmt: skip
+            self._begin_membership()
+            if self.membership is not None and self._plan.backhaul != old.backhaul:
+                await self._move()
             try:
                 await self.domains.apply(self._plan)
             except (CertificateError, OSError) as failure:
@@ -445,6 +456,51 @@ class Server:
                 await asyncio.sleep(_RETRY_S)
         self._certificate_fault = ""
 
+    def _begin_membership(self) -> None:
+        if self._plan.backhaul is not None and not self._is_in_fleet:
+            self._is_in_fleet = True
+            self._spawn(self._keep_membership(), "membership")
+
+    async def _move(self) -> None:
+        assert self.membership is not None
+        try:
+            await self.membership.move(advertised(self._plan.backhaul))
+        except OSError as error:
+            log.error("the new address of the backhaul cannot be stored: %s", error)
+            self._reload_warnings.append(f"[listen] backhaul: the new address is not told to others: {error}")
+
+    async def _keep_membership(self) -> None:
+        """What makes this node one of a fleet may fail to open (a full disk): it serves alone, and tries again."""
+        while self.membership is None:
+            try:
+                membership = await self._new_membership()
+                await membership.open()
+                self.membership = membership
+            except (CertificateError, OSError) as error:
+                if self._fleet_fault != str(error):
+                    self._fleet_fault = str(error)
+                    log.error("this node does not meet the others of its fleet: %s", error)
+                await asyncio.sleep(_RETRY_S)
+        self._fleet_fault = ""
+        await self.membership.keep()
+
+    async def _new_membership(self) -> Membership:
+        def storage() -> SealedFolder:
+            secret = load_or_make_secret(Path(self._ctx.plan.data_dir) / "secret.key")
+            return SealedFolder(Path(self._ctx.plan.data_dir) / "certs", Seal(secret))
+
+        plan = self._plan
+        return Membership(
+            await asyncio.to_thread(storage), self._clock, plan.name, plan.region, advertised(plan.backhaul)
+        )
+
+    def _membership_or_why(self) -> Membership | str:
+        if self.membership is not None:
+            return self.membership
+        if self._plan.backhaul is None:
+            return 'this node is by itself: add backhaul = "IP:PORT" to [listen] in its config.toml'
+        return self._fleet_fault or "this node is not ready yet to meet others: try again in a moment"
+
     async def _open_api(self) -> None:
         """The admin address may still be held by a control that is ending."""
         if not await self._try_open_api():
@@ -548,6 +604,7 @@ class Server:
             ],
             "apps": apps,
             "certificates": self.domains.status(),
+            "fleet": self.membership.status() if self.membership is not None else None,
             "warnings": self._warnings(),
         }  # fmt: skip
 
@@ -555,6 +612,10 @@ class Server:
         texts = [f"config.toml has faults, the last good one is in use: {one}" for one in self._config_faults]
         texts += self._reload_warnings
         texts += [fault for fault in (self._api_fault, self._certificate_fault) if fault]
+        if self._fleet_fault:
+            texts.append(f"this node does not meet the others of its fleet: {self._fleet_fault}")
+        if self.membership is not None and self.membership.fault:
+            texts.append(f"the certificate that other nodes know this one by is not renewed: {self.membership.fault}")
         for slot in self._serving:
             stage = self._memory.cells[self._memory.worker_base(slot) + W_OVERLOAD_STAGE]
             if stage:

@@ -48,6 +48,11 @@ def status(api: Api, as_json: bool) -> None:
         f"up {age(answer['uptime_s'])}, {'ready' if answer['ready'] else 'not ready'}"
     )
     say(f"control pid {control['pid']}; {_workers(answer['workers'])}")
+    if (fleet := answer.get("fleet")) is not None:
+        made = "made here" if fleet["origin"] == "made" else "joined"
+        known = f"{fleet['nodes']} {'node' if fleet['nodes'] == 1 else 'nodes'} known"
+        where = fleet["address"] or "an address not configured"
+        say(f"fleet {fleet['root'][:16]} ({made}), {known}, reached at {where}")
     for warning in answer["warnings"]:
         say(f"warning: {warning}")
     rows = []

@@ -31,9 +31,11 @@ machine_app = typer.Typer(help="List, start, stop, cordon and lease machines.", 
 lease_app = typer.Typer(help="The right to change a machine alone for a while.", no_args_is_help=True)
 metadata_app = typer.Typer(help="Names and values kept with a machine.", no_args_is_help=True)
 certs_app = typer.Typer(help="Domains of apps and their certificates.", no_args_is_help=True)
+node_app = typer.Typer(help="Have nodes join a fleet.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure your own apps.", no_args_is_help=True)
 app.add_typer(machine_app, name="machine")
 app.add_typer(certs_app, name="certs")
+app.add_typer(node_app, name="node")
 machine_app.add_typer(lease_app, name="lease")
 machine_app.add_typer(metadata_app, name="metadata")
 app.add_typer(bench_app, name="bench")
@@ -597,6 +599,64 @@ def certs_ca(ask: Ask) -> None:
     from proxy.cli.client import certs_ca
 
     certs_ca(ask.node, ask.json)
+
+
+@node_app.command("invite")
+@asking
+def node_invite(
+    ask: Ask,
+    valid: Annotated[str, typer.Option("--valid", metavar="DURATION", help="For so long it may be used.")] = "15m",
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="Where the new node reaches this one's backhaul."),
+    ] = None,
+    replace: Annotated[
+        str | None,
+        typer.Option("--replace", metavar="NODE", help="Let the new node take the name and place of this one."),
+    ] = None,
+) -> None:
+    """Print an invite: one line, a secret, by which one new node may join this node's fleet."""
+    from proxy.cli.fleet import invite
+
+    invite(ask.node, valid, address, replace, ask.json)
+
+
+@node_app.command("invites")
+@asking
+def node_invites(ask: Ask) -> None:
+    """Invites of this node that are open, and those of the last day."""
+    from proxy.cli.fleet import invites
+
+    invites(ask.node, ask.json)
+
+
+@node_app.command("revoke")
+@asking
+def node_revoke(
+    ask: Ask, invite: Annotated[str, typer.Argument(metavar="INVITE", help="Its id.", callback=_whole_word)]
+) -> None:
+    """Take an invite back."""
+    from proxy.cli.fleet import revoke
+
+    revoke(ask.node, invite, ask.json)
+
+
+@node_app.command("join")
+def node_join(
+    token: Annotated[
+        str, typer.Argument(metavar="TOKEN", help="The line of `node invite`; - reads it from standard input.")
+    ],
+    config: Config = None,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="HOST:PORT", help="Where other nodes reach this one's backhaul.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make this node one of the fleet that an invite is of, with what its config.toml says. Run it before `serve`."""
+    from proxy.cli.fleet import join
+    from proxy.cli.node import config_path
+
+    join(config_path(config), token, address, json)
 
 
 @bench_app.command("coldstart")

@@ -47,6 +47,7 @@ from proxy.control.leases import (
     Leases,
 )
 from proxy.control.machines import Fleet, Owned, Refused, WakeResult
+from proxy.control.membership_api import MembershipApi
 from proxy.control.metadata import changed_metadata, metadata_of
 from proxy.control.store import Event, Lease, Store
 from proxy.decide.explain import Asked, explain
@@ -108,6 +109,7 @@ class Api:
         self._data_dir = data_dir
         self._token = load_or_make_token(os.path.join(data_dir, "admin.token"))
         self.certificates: CertificatesApi | None = None  # set before `start`, where there are certificates
+        self.membership: MembershipApi | None = None  # likewise, where there may be other nodes
         self.checks_of: Callable[[Owned], list[Json]] = lambda machine: []  # checks.py's, where checks are run
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
@@ -202,6 +204,8 @@ class Api:
         )
         if self.certificates is not None:
             app.add_routes(self.certificates.routes())
+        if self.membership is not None:
+            app.add_routes(self.membership.routes())
         return app
 
     # --- who may ask

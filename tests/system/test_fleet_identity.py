@@ -1,0 +1,73 @@
+"""How `wakefront serve` becomes a node of a fleet: real processes, and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from proxy.wire.joining import Invite
+from tests.support.processes import wait_for
+from tests.support.serve import ServedNode, free_ports
+
+pytestmark = pytest.mark.slow
+
+
+def _fleet(node: ServedNode) -> dict[str, object] | None:
+    wait_for(lambda: node.api("GET", "/v1/status")[1]["fleet"] is not None, 10, "a fleet")
+    found: dict[str, object] = node.api("GET", "/v1/status")[1]["fleet"]
+    return found
+
+
+def test_the_first_node_makes_a_fleet_says_so_and_keeps_it_over_a_restart(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    with ServedNode(tmp_path, workers=1, listen=f'backhaul = "127.0.0.1:{port}"') as node:
+        fleet = _fleet(node)
+        assert fleet is not None
+        assert (fleet["origin"], fleet["nodes"], fleet["address"]) == ("made", 1, f"127.0.0.1:{port}")
+        assert "this is the first node of a new fleet" in node.log() and str(fleet["root"])[:16] in node.log()
+        assert f"fleet {str(fleet['root'])[:16]} (made here), 1 node known" in node.cli("status")
+        token = node.cli("node", "invite")
+        invite = Invite.from_token(token)
+        assert (invite.node, invite.address) == ("test-node", f"127.0.0.1:{port}")
+        assert invite.fingerprint.hex() == fleet["root"]
+        node.stop()
+        assert token.strip() not in node.log()
+        node.start()
+        node.wait_ready()
+        again = _fleet(node)
+        assert again is not None and again["root"] == fleet["root"]
+        assert node.log().count("this is the first node") == 1
+        assert invite.id in node.cli("node", "invites")
+
+
+def test_a_node_by_itself_becomes_the_first_of_a_fleet_by_a_reload(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    with ServedNode(tmp_path, workers=1) as node:
+        assert node.api("GET", "/v1/status")[1]["fleet"] is None
+        status, answer = node.api("GET", "/v1/node/members")
+        assert status == 409 and "add backhaul" in answer["error"]
+        node.config.write_text(
+            node.config.read_text().replace("[listen]\n", f'[listen]\nbackhaul = "127.0.0.1:{port}"\n')
+        )
+        node.cli("reload")
+        fleet = _fleet(node)
+        assert fleet is not None and fleet["address"] == f"127.0.0.1:{port}"
+        assert {one["public_port"] for one in node.status()["listen"]} == {0, 80, 443}
+
+
+def test_a_fleet_that_cannot_be_opened_is_a_warning_and_the_node_serves(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    with ServedNode(tmp_path, workers=1, listen=f'backhaul = "127.0.0.1:{port}"') as node:
+        _fleet(node)
+        node.stop()
+        bundle = node.data_dir / "certs" / "cluster" / "bundle.sealed"
+        whole = bundle.read_bytes()
+        bundle.write_bytes(whole[:-1])
+        node.start()
+        node.wait_ready()
+        wait_for(lambda: "cluster/bundle" in node.cli("status"), 10, "a warning")
+        assert "cluster/bundle" in node.api("POST", "/v1/node/invites")[1]["error"]
+        bundle.write_bytes(whole)
+        assert _fleet(node) is not None
+        wait_for(lambda: "cluster/bundle" not in node.cli("status"), 10, "no warning")
