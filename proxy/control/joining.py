@@ -29,7 +29,7 @@ from certs.cluster import Bundle, ClusterCa, dns_name
 from certs.node_tls import explain, joining_context, judge_peer
 from proxy.clock import Clock
 from proxy.config import parse_remote
-from proxy.control.membership import first_nodes, key_of, load_nodes
+from proxy.control.membership import first_nodes, key_of, load_nodes, row_fault
 from proxy.wire.joining import (
     ALPN,
     LENGTH,
@@ -98,8 +98,7 @@ async def join(token: str, newcomer: Newcomer, clock: Clock, *, step_s: float = 
     )
     answer = await inviter.ask(question, root)
     bundle = _judge(answer, invite, newcomer, ca, clock.unix())
-    mine = NodeRow(newcomer.name, newcomer.region, newcomer.address, key_of(ca.node_key().public_key()), clock.unix())
-    nodes = (mine, *(one for one in answer.nodes if one.key != mine.key))
+    nodes = _nodes(answer, newcomer, key_of(ca.node_key().public_key()), clock.unix())
     try:
         first_nodes(storage, nodes)
         ca.adopt(bundle, newcomer.name, answer.chain)
@@ -108,7 +107,7 @@ async def join(token: str, newcomer: Newcomer, clock: Clock, *, step_s: float = 
             f"The fleet has taken this node in, but that cannot be stored in {newcomer.data_dir}: {error}. Mend that, "
             "and join with a new invite; this one is used."
         ) from error
-    return Joined(answer.node, bundle.fingerprint.hex(), nodes, before is not None, is_running)
+    return Joined(invite.node, bundle.fingerprint.hex(), nodes, before is not None, is_running)
 
 
 # --- before
@@ -258,6 +257,14 @@ def _judge(answer: JoinAnswer, invite: Invite, newcomer: Newcomer, ca: ClusterCa
             f"What the node at {invite.address} gave cannot be used: {_printable(str(error))}. The invite is used."
         ) from error
     return bundle
+
+
+def _nodes(answer: JoinAnswer, newcomer: Newcomer, key: str, now: float) -> tuple[NodeRow, ...]:
+    """This node as the inviter has entered it, and the others; what makes no sense is left out."""
+    rows = [one for one in answer.nodes if row_fault(one) is None]
+    mine = NodeRow(newcomer.name, newcomer.region, newcomer.address, key, now)
+    mine = next((one for one in rows if (one.name, one.key) == (mine.name, mine.key)), mine)
+    return (mine, *(one for one in rows if one.key != key and one.name != mine.name))
 
 
 def _printable(text: str) -> str:

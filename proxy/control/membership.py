@@ -19,6 +19,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -75,6 +76,8 @@ _MEMBERSHIP: Final = "cluster/membership"
 _WRONG_INVITE: Final = "the invite is not known here, or was used, or has expired: have a new one made"
 
 Json = dict[str, Any]  # Any: JSON
+
+_key_is_valid = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 class MembershipRefused(Exception):
@@ -203,16 +206,20 @@ class Membership:
         identity = self._ca.identity(self._node)
         kept = _load(self._storage)
         key = key_of(identity.certificate.leaf.public_key())
-        mine = NodeRow(self._node, self._region, self._address, key, self._clock.unix())
-        known = next((one for one in kept.nodes if one.name == self._node), None)
-        if known is not None and known.key != key:
+        if any(one.name == self._node and one.key != key for one in kept.nodes):
             raise CertificateError(
                 f"two nodes with one name: another node of the fleet is {self._node!r} already. Give this one another "
                 "[node] name"
             )
-        if known is not None:
-            mine = msgspec.structs.replace(mine, joined_at=known.joined_at, replaces=known.replaces)
-        others = tuple(one for one in kept.nodes if one.key != key)  # it may have had another name
+        mine = NodeRow(self._node, self._region, self._address, key, self._clock.unix())
+        own = next((one for one in kept.nodes if one.key == key), None)  # it may have had another name
+        if own is not None:
+            mine = msgspec.structs.replace(
+                own, name=self._node, region=self._region, backhaul=self._address or own.backhaul
+            )
+            if mine != own:
+                mine = msgspec.structs.replace(mine, revision=own.revision + 1)
+        others = tuple(one for one in kept.nodes if one.key != key)
         if (new := msgspec.structs.replace(kept, nodes=(mine, *others))) != kept:
             _save(self._storage, new)
         self._kept, self._identity = new, identity
@@ -246,20 +253,23 @@ class Membership:
             await self._clock.sleep(wait_s)
 
     async def move(self, address: str) -> None:
-        """Others reach this node elsewhere from now on. Raises OSError if that cannot be stored."""
-        self._address = address
+        """Others reach this node elsewhere from now on; "" is no news. Raises OSError if that cannot be stored."""
+        if not address:
+            return
         async with self._changing:
-            nodes = (
-                msgspec.structs.replace(one, backhaul=address) if one.name == self._node else one
-                for one in self._kept.nodes
-            )
-            await self._change(msgspec.structs.replace(self._kept, nodes=tuple(nodes)))
+            await self._change(msgspec.structs.replace(self._kept, nodes=self._nodes_with(address)))
+
+    def _nodes_with(self, address: str) -> tuple[NodeRow, ...]:
+        mine, *others = self._kept.nodes
+        if mine.backhaul != address:
+            mine = msgspec.structs.replace(mine, backhaul=address, revision=mine.revision + 1)
+        return (mine, *others)
 
     def status(self) -> Json:
         return {
             "root": self.bundle.fingerprint.hex(),
             "origin": self.bundle.origin,
-            "address": self._address,
+            "address": self._kept.nodes[0].backhaul,
             "certificate_expires_at": self.identity.expires_at,
             "nodes": len(self._kept.nodes),
             "invites_refused": self.refused,
@@ -269,7 +279,7 @@ class Membership:
 
     @property
     def nodes(self) -> tuple[NodeRow, ...]:
-        """All that are known, this one too."""
+        """All that are known, this one first."""
         return self._kept.nodes
 
     def judge(self, der: bytes | None) -> str:
@@ -290,22 +300,11 @@ class Membership:
         Raises OSError if it cannot be stored.
         """
         async with self._changing:
-            known = {one.name: one for one in self._kept.nodes}
-            faults = []
+            known = _Known(self._kept.nodes)
             for row in rows:
-                if (fault := _row_fault(row)) is not None:
-                    faults.append(fault)
-                    continue
-                before = known.get(row.name)
-                if row.name == self._node:
-                    if before is not None and before.key != row.key:
-                        faults.append(f"two nodes with one name: another node is {row.name!r} too")
-                elif before is None or before.key == row.key or (row.replaces and row.replaces == before.key):
-                    known[row.name] = row
-                elif before.replaces != row.key:
-                    faults.append(f"two nodes with one name: {row.name!r} is known with different keys")
-            await self._change(msgspec.structs.replace(self._kept, nodes=tuple(known.values())))
-        return faults
+                known.learn(row)
+            await self._change(msgspec.structs.replace(self._kept, nodes=known.rows))
+        return known.faults
 
     # --- invites
 
@@ -313,7 +312,7 @@ class Membership:
         """Make an invite. Raises MembershipRefused."""
         if not 1 <= valid_s <= LONGEST_VALID_S:
             raise MembershipRefused("invalid", f"an invite is valid for 1 s to {LONGEST_VALID_S / 86_400:g} days")
-        if not (address := address or self._address):
+        if not (address := address or self._kept.nodes[0].backhaul):
             raise MembershipRefused(
                 "invalid",
                 "[listen] backhaul says where this node listens, not where others reach it: name that with --address",
@@ -331,8 +330,9 @@ class Membership:
             invites = self._fresh_invites(now)
             if sum(one.state(now) == "open" for one in invites) >= MAX_OPEN_INVITES:
                 raise MembershipRefused("unavailable", f"{MAX_OPEN_INVITES} invites are open: take some back first")
+            nodes = self._kept.nodes if self._kept.nodes[0].backhaul else self._nodes_with(address)
             try:
-                await self._change(msgspec.structs.replace(self._kept, invites=(*invites, row)))
+                await self._change(msgspec.structs.replace(self._kept, nodes=nodes, invites=(*invites, row)))
             except OSError as error:
                 raise MembershipRefused("unavailable", f"the invite cannot be stored: {error}") from error
         log.info("invite %s was made, valid for %g s", row.id, valid_s)
@@ -476,9 +476,9 @@ class Membership:
         except ValueError as error:
             return _refusal("request", str(error))
         row = NodeRow(request.node, request.region, request.backhaul, key_of(public_key), now)
-        if (fault := _row_fault(row)) is not None:
+        if (fault := row_fault(row)) is not None:
             return _refusal("request", fault)
-        if row.key == key_of(self.identity.certificate.leaf.public_key()):
+        if row.key == self._kept.nodes[0].key:
             return _refusal(
                 "name", "its key is this node's own: its data_dir is a copy of this one's. Give it a new one"
             )
@@ -491,6 +491,8 @@ class Membership:
                     f"[node] name, or, if it takes that one's place, have an invite made with --replace {row.name}",
                 )
             row = msgspec.structs.replace(row, replaces=known.key)
+        if (own := next((one for one in self._kept.nodes if one.key == row.key), None)) is not None:
+            row = msgspec.structs.replace(row, replaces=own.replaces, revision=own.revision + 1)
         try:
             chain = await asyncio.to_thread(self._ca.sign, row.name, public_key)
             used = msgspec.structs.replace(invite, used_at=now, used_by=row.name)
@@ -506,6 +508,43 @@ class Membership:
         return JoinAnswer(
             PROTOCOL, "joined", node=self._node, chain=chain, bundle=self.bundle.to_bytes(), nodes=kept.nodes
         )
+
+
+class _Known:
+    """The nodes that this one knows, while it hears of others; its own row is the first."""
+
+    def __init__(self, rows: tuple[NodeRow, ...]) -> None:
+        self._mine, *others = rows
+        self._others = {one.name: one for one in others}
+        self.faults: list[str] = []
+
+    @property
+    def rows(self) -> tuple[NodeRow, ...]:
+        return (self._mine, *self._others.values())
+
+    def learn(self, row: NodeRow) -> None:
+        if (fault := row_fault(row)) is not None:
+            self.faults.append(fault)
+        elif row.key == self._mine.key:
+            self._learn_of_myself(row)
+        elif row.name == self._mine.name:
+            self.faults.append(f"two nodes with one name: another node is {row.name!r} too")
+        elif (before := self._others.get(row.name)) is not None and before.key != row.key:
+            if row.replaces == before.key:
+                self._others[row.name] = row
+            elif before.replaces != row.key:  # else it is old news
+                self.faults.append(f"two nodes with one name: {row.name!r} is known with different keys")
+        else:
+            own = next((one for one in self._others.values() if one.key == row.key), None)
+            if own is None or row.revision > own.revision:
+                if own is not None:  # it may have had another name
+                    del self._others[own.name]
+                self._others[row.name] = row
+
+    def _learn_of_myself(self, row: NodeRow) -> None:
+        """What I say goes: others that know a later revision, from before my disk was lost, are to take this one."""
+        if row != self._mine and row.revision >= self._mine.revision:
+            self._mine = msgspec.structs.replace(self._mine, revision=row.revision + 1)
 
 
 def _refusal(code: str, detail: str) -> JoinAnswer:
@@ -549,7 +588,7 @@ def _key_of_csr(csr: bytes) -> ec.EllipticCurvePublicKey:
     return public_key
 
 
-def _row_fault(row: NodeRow) -> str | None:
+def row_fault(row: NodeRow) -> str | None:
     """What is wrong with what is said of a node, if anything is."""
     try:
         dns_name(row.name)
@@ -559,6 +598,6 @@ def _row_fault(row: NodeRow) -> str | None:
         return f"{row.region[:80]!r} is no region's code: expected lower case letters, digits and dashes"
     if row.backhaul and parse_remote(row.backhaul) is None:
         return f"{row.backhaul[:80]!r} is not HOST:PORT of a backhaul"
-    if len(row.key) != 64 or len(row.replaces) not in (0, 64):
+    if not _key_is_valid(row.key) or not (row.replaces == "" or _key_is_valid(row.replaces)):
         return f"{row.name!r} has no key by which it could be known"
     return None

@@ -91,6 +91,7 @@ class NodeRow(msgspec.Struct, frozen=True, omit_defaults=True):
     key: str  # SHA-256 of its public key, in hex
     joined_at: float = 0.0  # unix seconds
     replaces: str = ""  # the key of the node that had the name before
+    revision: int = 0  # grows with every change that the node itself makes
 
 
 class JoinRequest(msgspec.Struct, frozen=True, omit_defaults=True):

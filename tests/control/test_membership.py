@@ -428,22 +428,70 @@ def storage_of(folder: Path) -> storage.SealedFolder:
     return storage_in(folder, (folder / "secret.key").read_bytes())
 
 
+KEY, OTHER = "1" * 64, "2" * 64
+
+
 async def test_a_node_learns_of_others_and_of_contradictions(a: FleetNode) -> None:
-    key, other = "1" * 64, "2" * 64
-    assert await a.membership.learn([NodeRow("c", "fra", "127.0.0.1:5", key)]) == []
-    assert await a.membership.learn([NodeRow("c", "fra", "127.0.0.1:6", key)]) == []
+    c = NodeRow("c", "fra", "127.0.0.1:5", KEY)
+    learn = a.membership.learn
+    assert await learn([c]) == []
+    assert await learn([msgspec.structs.replace(c, backhaul="127.0.0.1:6", revision=1)]) == []
+    assert await learn([c]) == []  # old news
     assert a.membership.nodes[-1].backhaul == "127.0.0.1:6"
-    (fault,) = await a.membership.learn([NodeRow("c", "fra", "127.0.0.1:7", other)])
+    (fault,) = await learn([NodeRow("c", "fra", "127.0.0.1:7", OTHER)])
     assert "two nodes with one name" in fault
-    assert await a.membership.learn([NodeRow("c", "fra", "127.0.0.1:7", other, replaces=key)]) == []
-    assert await a.membership.learn([NodeRow("c", "fra", "127.0.0.1:6", key)]) == []  # old news
-    assert a.membership.nodes[-1].key == other
-    (fault,) = await a.membership.learn([NodeRow("a", "fra", "", other)])
+    assert await learn([NodeRow("c", "fra", "127.0.0.1:7", OTHER, replaces=KEY)]) == []
+    assert await learn([c]) == []  # old news
+    assert a.membership.nodes[-1].key == OTHER
+    (fault,) = await learn([NodeRow("a", "fra", "", OTHER)])
     assert "two nodes with one name" in fault
-    for bad in (NodeRow("C", "fra", "", key), NodeRow("d", "F", "", key), NodeRow("d", "fra", "x", key)):
-        assert len(await a.membership.learn([bad])) == 1
-    assert len(await a.membership.learn([NodeRow("d", "fra", "", "x")])) == 1
+    for bad in (NodeRow("C", "fra", "", KEY), NodeRow("d", "F", "", KEY), NodeRow("d", "fra", "x", KEY)):
+        assert len(await learn([bad])) == 1
+    assert len(await learn([NodeRow("d", "fra", "", "x")])) == 1
     assert sorted(one.name for one in a.membership.nodes) == ["a", "c"]
+
+
+async def test_a_node_that_has_another_name_now_is_not_known_by_both(a: FleetNode) -> None:
+    before, after = NodeRow("c", "fra", "", KEY, revision=3), NodeRow("d", "fra", "", KEY, revision=4)
+    for row in (before, after, before, after):
+        assert await a.membership.learn([row]) == []
+    assert [one.name for one in a.membership.nodes] == ["a", "d"]
+
+
+async def test_what_a_node_says_of_itself_beats_what_others_remember(a: FleetNode) -> None:
+    mine = a.membership.nodes[0]
+    await a.membership.learn([msgspec.structs.replace(mine, backhaul="127.0.0.1:9", revision=mine.revision + 5)])
+    assert a.membership.nodes[0] == msgspec.structs.replace(mine, revision=mine.revision + 6)
+    assert await a.membership.learn([a.membership.nodes[0]]) == []
+    assert a.membership.nodes[0].revision == mine.revision + 6
+
+
+async def test_a_change_of_the_configuration_is_a_new_revision_of_the_node(tmp_path: Path) -> None:
+    async def opened(name: str, region: str, address: str) -> NodeRow:
+        membership = Membership(storage_in(tmp_path), Hasty(), name, region, address)
+        await membership.open()
+        return membership.nodes[0]
+
+    first = await opened("a", "ams", "127.0.0.1:1")
+    assert await opened("a", "ams", "127.0.0.1:1") == first
+    assert (await opened("a", "fra", "127.0.0.1:1")).revision == first.revision + 1
+    renamed = await opened("b", "fra", "127.0.0.1:1")
+    assert (renamed.name, renamed.key, renamed.revision) == ("b", first.key, first.revision + 2)
+    # A wildcard does not say: what was told with --address stays.
+    assert await opened("b", "fra", "") == renamed
+
+
+async def test_an_address_told_with_an_invite_is_told_to_other_nodes_where_the_configuration_has_none(
+    tmp_path: Path,
+) -> None:
+    membership = Membership(storage_in(tmp_path), Hasty(), "a", "ams", "")
+    await membership.open()
+    await membership.invite(address="127.0.0.1:5")
+    assert membership.nodes[0].backhaul == "127.0.0.1:5"
+    await membership.invite(address="127.0.0.1:6")
+    assert membership.nodes[0].backhaul == "127.0.0.1:5"
+    again = Invite.from_token((await membership.invite()).token)
+    assert again.address == "127.0.0.1:5"
 
 
 async def test_a_certificate_whose_key_is_not_the_known_one_is_refused(a: FleetNode) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from proxy.wire.joining import Invite
+from tests.support.fleet import FleetNode
 from tests.support.processes import wait_for
 from tests.support.serve import ServedNode, free_ports
 
@@ -54,6 +56,46 @@ def test_a_node_by_itself_becomes_the_first_of_a_fleet_by_a_reload(tmp_path: Pat
         fleet = _fleet(node)
         assert fleet is not None and fleet["address"] == f"127.0.0.1:{port}"
         assert {one["public_port"] for one in node.status()["listen"]} == {0, 80, 443}
+
+
+async def test_a_node_that_serves_by_itself_joins_and_is_of_the_fleet_after_a_reload(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+
+    def joins(token: str) -> dict[str, object] | None:
+        with ServedNode(tmp_path / "b", workers=1) as node:
+            text = node.config.read_text()
+            node.config.write_text(text.replace("[listen]\n", f'[listen]\nbackhaul = "127.0.0.1:{port}"\n'))
+            said = node.cli("node", "join", token)
+            assert "test-node has joined the fleet of a (ams)." in said and "Next: wakefront reload" in said
+            node.cli("reload")
+            return _fleet(node)
+
+    async with FleetNode(tmp_path / "a") as a:
+        fleet = await asyncio.to_thread(joins, await a.token())
+        assert fleet is not None
+        assert (fleet["origin"], fleet["nodes"]) == ("joined", 2)
+        assert fleet["root"] == a.membership.bundle.fingerprint.hex()
+        assert a.membership.nodes[1].backhaul == f"127.0.0.1:{port}"
+
+
+async def test_a_node_that_runs_as_the_first_of_a_fleet_is_stopped_joins_and_is_of_the_other(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+
+    def joins(token: str) -> tuple[object, object]:
+        with ServedNode(tmp_path / "b", workers=1, listen=f'backhaul = "127.0.0.1:{port}"') as node:
+            before = _fleet(node)
+            node.cli("node", "join", token, status=1)
+            node.stop()
+            assert "kept aside" in node.cli("node", "join", token)
+            node.start()
+            node.wait_ready()
+            after = _fleet(node)
+            assert before is not None and after is not None
+            return before["root"], after["root"]
+
+    async with FleetNode(tmp_path / "a") as a:
+        before, after = await asyncio.to_thread(joins, await a.token())
+        assert before != after == a.membership.bundle.fingerprint.hex()
 
 
 def test_a_fleet_that_cannot_be_opened_is_a_warning_and_the_node_serves(tmp_path: Path) -> None:
