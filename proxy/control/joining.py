@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import os
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ async def join(token: str, newcomer: Newcomer, clock: Clock, *, step_s: float = 
     if (address := parse_remote(invite.address)) is None:
         raise JoinFailed(f"The invite leads to {_printable(invite.address)}, which is no address.")
     try:
+        _check_owner(newcomer.data_dir)
         storage = SealedFolder(newcomer.data_dir / "certs", Seal(load_or_make_secret(newcomer.data_dir / "secret.key")))
         ca = ClusterCa(storage, clock.unix)
         before = ca.load()
@@ -111,6 +113,16 @@ async def join(token: str, newcomer: Newcomer, clock: Clock, *, step_s: float = 
 
 
 # --- before
+
+
+def _check_owner(data_dir: Path) -> None:
+    """What is written here the node has to read: the folder is made as `serve` makes it, or is ours already.
+
+    Raises JoinFailed or OSError.
+    """
+    os.makedirs(data_dir, mode=0o700, exist_ok=True)
+    if (owner := data_dir.stat().st_uid) != os.geteuid():
+        raise JoinFailed(f"{data_dir} belongs to another user (uid {owner}): run this as the user the node runs as.")
 
 
 def _check_free(before: Bundle | None, invite: Invite, newcomer: Newcomer, storage: Storage, is_running: bool) -> None:

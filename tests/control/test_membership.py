@@ -857,6 +857,22 @@ async def test_a_node_that_runs_by_itself_joins_and_needs_a_reload(a: FleetNode,
         assert (await enter(await a.token(), newcomer(tmp_path / "b"))).is_running
 
 
+async def test_a_folder_of_another_user_is_left_alone(
+    a: FleetNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What root would write there the node could not read."""
+    folder = tmp_path / "b"
+    folder.mkdir()
+    token = await a.token()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+        with pytest.raises(JoinFailed, match="belongs to another user"):
+            await enter(token, newcomer(folder))
+    assert list(folder.iterdir()) == []
+    await enter(token, newcomer(folder / "data"))
+    assert (folder / "data").stat().st_mode & 0o777 == 0o700
+
+
 async def test_what_cannot_be_opened_is_told_and_not_overwritten(a: FleetNode, tmp_path: Path) -> None:
     async with FleetNode(tmp_path / "b", "b"):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from proxy.wire.joining import Invite
 from tests.support.fleet import FleetNode
 from tests.support.processes import wait_for
-from tests.support.serve import ServedNode, free_ports
+from tests.support.serve import ServedNode, free_ports, wakefront
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +97,24 @@ async def test_a_node_that_runs_as_the_first_of_a_fleet_is_stopped_joins_and_is_
     async with FleetNode(tmp_path / "a") as a:
         before, after = await asyncio.to_thread(joins, await a.token())
         assert before != after == a.membership.bundle.fingerprint.hex()
+
+
+async def test_a_disk_that_takes_no_more_is_found_before_the_invite_is_used(tmp_path: Path) -> None:
+    """A real limit of the system's on what is written, in place of a full disk."""
+    config = tmp_path / "b" / "config.toml"
+    config.parent.mkdir()
+    config.write_text('[node]\nname = "b"\ndata_dir = "data"\n[listen]\nbackhaul = "127.0.0.1:7443"\n')
+    async with FleetNode(tmp_path / "a") as a:
+        command = [wakefront(), "node", "join", await a.token(), "--config", str(config)]
+        limited = await asyncio.to_thread(
+            subprocess.run, ["prlimit", "--fsize=2000", *command], capture_output=True, text=True, check=False
+        )
+        assert limited.returncode == 1 and "File too large" in limited.stderr
+        assert limited.stderr.count("\n") == 1
+        assert [path.name for path in (config.parent / "data").rglob("*.sealed")] == []
+        assert not [path for path in (config.parent / "data").rglob("*.new")]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_fleet_that_cannot_be_opened_is_a_warning_and_the_node_serves(tmp_path: Path) -> None:
