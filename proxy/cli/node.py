@@ -131,10 +131,13 @@ def _split_address(address: str, where: str) -> tuple[str, int]:
 
 
 def bound_ports(data_dir: Path) -> list[dict[str, Any]]:
-    """Each public port with the `host` and `port` it is bound to here: what the node's supervisor has written down."""
+    """Each public port with the `host` and `port` it is bound to here: what the node's supervisor has written down.
+
+    The backhaul, which stands there as port 0, is no public one.
+    """
     record = data_dir / "run" / "children.json"
     try:
-        listen: list[dict[str, Any]] = json.loads(record.read_text())["listen"]
+        listen: list[dict[str, Any]] = [one for one in json.loads(record.read_text())["listen"] if one["public_port"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CliError(f"Cannot read where the node listens ({record}: {error}).") from error
     return listen

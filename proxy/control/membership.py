@@ -402,7 +402,7 @@ class Membership:
                     del self._sources[source]
         except TimeoutError:
             log.warning("%s, who would join, took longer than %g s", from_, self._step_s)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
+        except (asyncio.IncompleteReadError, OSError) as error:
             log.info("%s, who would join, has gone: %s", from_, error)
         except ValueError as error:
             log.warning("%s, who would join, sent what is no message: %s", from_, error)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.cli.node import bound_ports
 from proxy.wire.joining import Invite
 from tests.support.fleet import FleetNode
 from tests.support.processes import wait_for
@@ -57,6 +58,7 @@ def test_a_node_by_itself_becomes_the_first_of_a_fleet_by_a_reload(tmp_path: Pat
         fleet = _fleet(node)
         assert fleet is not None and fleet["address"] == f"127.0.0.1:{port}"
         assert {one["public_port"] for one in node.status()["listen"]} == {0, 80, 443}
+        assert {one["public_port"] for one in bound_ports(node.data_dir)} == {80, 443}
 
 
 async def test_a_node_that_serves_by_itself_joins_and_is_of_the_fleet_after_a_reload(tmp_path: Path) -> None:
