@@ -72,6 +72,11 @@ class Code(enum.StrEnum):
     TLS_TIMEOUT = "PT08"
     TLS_INTERNAL = "PT09"
     TLS_OVERLOADED = "WO02"
+    # between edges: what one answers the other, and what a client sees once all have
+    PEER_UNREACHED = "PU03"  # Fly's: the node could not be reached
+    RECENTLY_STOPPED = "PM11"  # Fly's: no machine of the app runs there any more
+    AT_HARD_LIMIT = "WB01"  # all machines there are
+    HOP_INVALID = "WB02"  # the other edge asks for what this one does not know, or in a circle
     # Fly's: no machine to send to
     NO_HEALTHY = "PR01"
     MACHINE_GONE = "PR02"
@@ -145,14 +150,15 @@ def http_status(code: Code) -> int:
             Code.CONNECT_REFUSED | Code.CONNECT_RESET | Code.CONNECT_IO | Code.REQUEST_UNFINISHED
             | Code.RESPONSE_INVALID | Code.BODY_UNFINISHED | Code.UPGRADE_REFUSED | Code.MACHINE_GONE
             | Code.REPLAY_BODY_GONE | Code.REPLAY_LOOP | Code.REPLAY_INVALID | Code.REPLAY_APP_UNKNOWN
-            | Code.REPLAY_APP_FORBIDDEN | Code.REPLAY_UNREACHED | Code.FORCED_UNREACHED
+            | Code.REPLAY_APP_FORBIDDEN | Code.REPLAY_UNREACHED | Code.FORCED_UNREACHED | Code.PEER_UNREACHED
+            | Code.HOP_INVALID
         ):  # fmt: skip
             return 502
         case (
             Code.WAKE_HELD | Code.TOO_MANY_WAITERS | Code.CONTROL_UNAVAILABLE | Code.NO_CANDIDATE
             | Code.NO_CANDIDATE_AFTER_RETRIES | Code.START_FAILED | Code.NOT_STARTABLE | Code.START_CANCELLED
             | Code.WAKE_INTERNAL | Code.WAKE_IGNORED | Code.WAKE_BUDGET | Code.WAKE_PAGE | Code.QUEUE_FULL
-            | Code.QUEUE_TIMEOUT | Code.NO_HEALTHY | Code.OVERLOADED
+            | Code.QUEUE_TIMEOUT | Code.NO_HEALTHY | Code.OVERLOADED | Code.AT_HARD_LIMIT | Code.RECENTLY_STOPPED
         ):  # fmt: skip
             return 503
         case Code.CONNECT_TIMEOUT | Code.FIRST_BYTE_TIMEOUT | Code.RESPONSE_STALLED | Code.WAKE_TIMEOUT:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from proxy.model import App, AppName, Machine, MachineId
+from proxy.model import App, AppName, Machine, MachineId, NodeName, Peer, RegionCode, RemoteLoad, RemoteMachine
 
 PROTOCOL = 1
 MAX_FRAME_BYTES = 16 * 1024 * 1024
@@ -154,6 +154,37 @@ class EndTunnels(Message, frozen=True):
     machine: MachineId
 
 
+class PeerSet(Message, frozen=True):
+    """Another node, new or changed."""
+
+    peer: Peer
+
+
+class PeerGone(Message, frozen=True):
+    name: NodeName
+
+
+class RegionsSet(Message, frozen=True):
+    """All regions that are known, nearest first."""
+
+    order: tuple[RegionCode, ...]
+
+
+class SiteSet(Message, frozen=True):
+    """All machines that an app has at another node; none: it has left there."""
+
+    app: AppName
+    node: NodeName
+    machines: tuple[RemoteMachine, ...]
+
+
+class LoadsSet(Message, frozen=True):
+    """The loads at another node, of all apps that have running machines there."""
+
+    node: NodeName
+    loads: tuple[RemoteLoad, ...]
+
+
 class CertificateReady(Message, frozen=True):
     """The record of this name is in the certificate file, or there will be none and why."""
 
@@ -176,7 +207,7 @@ class Handed(msgspec.Struct, frozen=True, array_like=True):
 ToControl = WorkerHello | Wake | NeedCertificate | CordonAck | PassiveFailure
 ToWorker = (
     Settings | TableStart | TableEnd | AppSet | AppGone | MachineSet | WakeDone | CordonAsk | CordonLift
-    | EndTunnels | CertificateReady
+    | EndTunnels | CertificateReady | PeerSet | PeerGone | RegionsSet | SiteSet | LoadsSet
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

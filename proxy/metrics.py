@@ -230,6 +230,10 @@ _WORKER_METRICS = (
     ),
     ("wakefront_shed_connections_count", "Connections refused for overload.", "unknown", state.W_SHED_CONNECTIONS),
     ("wakefront_shed_requests_count", "Requests refused for overload.", "unknown", state.W_SHED_REQUESTS),
+    ("wakefront_peer_connects_count", "Connections made to other edges.", "unknown", state.W_PEER_CONNECTS),
+    ("wakefront_peer_requests_count", "Requests sent to other edges.", "unknown", state.W_PEER_REQUESTS),
+    ("wakefront_peer_refusals_count", "Requests that other edges refused.", "unknown", state.W_PEER_REFUSALS),
+    ("wakefront_backhaul_requests_count", "Requests from other edges.", "unknown", state.W_BACKHAUL_REQUESTS),
     (
         "wakefront_overload_stage",
         "0 normal, 1 crowded, 2 sheds connections, 3 sheds requests.",

@@ -14,6 +14,7 @@ from typing import NewType
 AppName = NewType("AppName", str)
 MachineId = NewType("MachineId", str)
 RegionCode = NewType("RegionCode", str)
+NodeName = NewType("NodeName", str)
 
 
 class MachineState(enum.StrEnum):
@@ -206,6 +207,41 @@ class Machine:
             if endpoint.internal_port == internal_port:
                 return endpoint
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteMachine:
+    """A machine of another node, as far as a request that is to go there needs to know it."""
+
+    id: MachineId
+    group: str
+    state: MachineState
+    failing_ports: tuple[int, ...] = ()
+    cordoned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteLoad:
+    """How a service's running, healthy machines at another node stand against their limits (spec routing §5.1)."""
+
+    app: AppName
+    internal_port: int
+    below_soft: int
+    below_hard: int
+    full: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another node of the fleet, as the workers know it."""
+
+    name: NodeName
+    region: RegionCode
+    host: str  # where its backhaul is
+    port: int
+    is_up: bool = True  # its lease holds and it does not drain
+    share: float = 1.0  # of the requests that it would get: a node that has just come back gets few at first
+    rtt_s: float = 0.0  # 0 = not measured
 
 
 @dataclass(frozen=True, slots=True)

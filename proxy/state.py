@@ -43,6 +43,10 @@ W_SOURCE_REFUSED: Final = 12  # connections and handshakes over the limits of th
 W_SHED_CONNECTIONS: Final = 13  # connections refused for overload
 W_SHED_REQUESTS: Final = 14  # requests refused for overload
 W_OVERLOAD_STAGE: Final = 15  # gauge: decide.overload.Stage
+W_PEER_CONNECTS: Final = 16  # connections made to other edges
+W_PEER_REQUESTS: Final = 17  # requests sent to other edges, each attempt
+W_PEER_REFUSALS: Final = 18  # of those, the ones that the other edge refused
+W_BACKHAUL_REQUESTS: Final = 19  # requests that other edges sent here
 _WORKER_GAUGES = (W_CONNECTIONS, W_LOOP_LAG_US, W_QUEUED, W_OVERLOAD_STAGE)
 
 # Cells of an app's block, in each worker's part.

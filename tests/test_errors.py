@@ -19,7 +19,7 @@ def test_every_code_has_a_status_of_an_error(code: Code) -> None:
 
 
 def test_codes_are_four_characters_and_ours_begin_with_w() -> None:
-    assert all(re.fullmatch(r"(P[ACELMPRTU]|W[ADEMOQRU])\d\d", code) for code in Code)
+    assert all(re.fullmatch(r"(P[ACELMPRTU]|W[ABDEMOQRU])\d\d", code) for code in Code)
 
 
 def test_the_documented_table_of_codes_is_the_one_in_force() -> None:

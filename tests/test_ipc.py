@@ -10,7 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import ipc
-from proxy.model import App, AppName, Endpoint, Machine, MachineId, MachineState, Port, RegionCode, Service
+from proxy.model import (
+    App,
+    AppName,
+    Endpoint,
+    Machine,
+    MachineId,
+    MachineState,
+    NodeName,
+    Peer,
+    Port,
+    RegionCode,
+    RemoteLoad,
+    RemoteMachine,
+    Service,
+)
 
 MACHINE = Machine(
     MachineId("1857deadbeef00"), RegionCode("ams"), "app", MachineState.SUSPENDED, 7, 3,
@@ -42,6 +56,13 @@ TO_WORKER = [
     ipc.CordonLift(AppName("hello"), MACHINE.id),
     ipc.EndTunnels(AppName("hello"), MACHINE.id),
     ipc.CertificateReady("hello.apps.test", "no such app"),
+    ipc.PeerSet(Peer(NodeName("iad-1"), RegionCode("iad"), "192.0.2.1", 8443, False, 0.25, 0.081)),
+    ipc.PeerGone(NodeName("iad-1")),
+    ipc.RegionsSet((RegionCode("ams"), RegionCode("iad"))),
+    ipc.SiteSet(
+        AppName("hello"), NodeName("iad-1"), (RemoteMachine(MACHINE.id, "app", MachineState.STARTED, (8080,), True),)
+    ),
+    ipc.LoadsSet(NodeName("iad-1"), (RemoteLoad(AppName("hello"), 8080, 1, 2, 3),)),
 ]
 
 

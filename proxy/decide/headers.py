@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from proxy.wire.backhaul import FIELD, REFUSED, SERVED_BY
 from proxy.wire.http1 import CHUNKED, UNTIL_CLOSE, FieldRules, Headers, RequestHead, ResponseHead
 
 _HOP_BY_HOP: Final = frozenset(
@@ -63,7 +64,7 @@ def _is_dropped_from_request(lower: bytes) -> bool:
 
 
 def _is_dropped_from_response(lower: bytes) -> bool:
-    return lower in _HOP_BY_HOP or lower == b"wakefront-error"
+    return lower in _HOP_BY_HOP or lower.startswith(b"wakefront-")
 
 
 def is_reserved(lower: bytes) -> bool:
@@ -73,6 +74,12 @@ def is_reserved(lower: bytes) -> bool:
 
 REQUEST_RULES: Final = FieldRules(_is_dropped_from_request, noted=_CLIENTS_OWN)
 RESPONSE_RULES: Final = FieldRules(_is_dropped_from_response, of_response=True, taken=_TO_US)
+# Of a request that another edge sends on: what clients may not say it has removed, and said itself.
+SENT_ON_RULES: Final = FieldRules(lambda lower: lower in _HOP_BY_HOP, taken=frozenset({FIELD}))
+# Of an answer that comes through another edge.
+PEER_RESPONSE_RULES: Final = FieldRules(
+    _is_dropped_from_response, of_response=True, taken=_TO_US | {REFUSED, SERVED_BY}
+)
 
 
 def identity_fields(
@@ -112,6 +119,22 @@ def request_head(head: RequestHead, identity: bytes, request_id: bytes, start_us
     return b"".join(parts)
 
 
+def sent_on_head(head: RequestHead, keep: bool, hop: bytes) -> bytes:
+    """The head of a request that another edge sent on, which has written all of it but the framing. `hop`: the line
+    for the edge that it goes to next, empty for a machine."""
+    framing = b""
+    if head.length == CHUNKED:
+        framing = b"transfer-encoding: chunked\r\n"
+    elif head.length or head.method in _BODY_METHODS:
+        framing = b"content-length: %d\r\n" % head.length
+    if head.upgrade is not None:
+        framing += b"connection: upgrade\r\nupgrade: %b\r\n" % head.upgrade
+    elif not keep:
+        framing += b"connection: close\r\n"
+    return b"".join((head.method, b" ", head.target, b" HTTP/1.1\r\n", *_kept(head, _NONE), framing, hop, b"\r\n"))
+
+
+_NONE: Final[frozenset[bytes]] = frozenset()
 _BODY_METHODS: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 
 
@@ -161,6 +184,20 @@ def response_head(
         ours = (b"server: ", server, b"\r\nvia: 1.1 wakefront\r\nfly-request-id: ", request_id, b"\r\n")
     return b"".join(
         [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", *_kept(head, names), *ours, rules.added, framing,
+         send_connection, b"\r\n"]
+    )  # fmt: skip
+
+
+def answer_to_peer(head: ResponseHead, machine: str, framing: bytes, send_connection: bytes) -> bytes:
+    """The head of a machine's answer as another edge gets it: what is the client's, and what is that edge's to read."""
+    ours = [b"wakefront-machine: ", machine.encode("ascii"), b"\r\n"]
+    if head.server is not None:
+        ours += (head.server[0], b": ", head.server[1], b"\r\n")
+    for name, value in head.noted:
+        if name in _TO_US:
+            ours += (name, b": ", value, b"\r\n")
+    return b"".join(
+        [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", *_kept(head, head.listed_hops), *ours, framing,
          send_connection, b"\r\n"]
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ caller's. Codes that are not Fly's are an operator's own; they belong to no area
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from proxy.model import RegionCode
@@ -30,6 +31,21 @@ AREAS: Final = {
 def names_region(name: str, region: str) -> bool:
     """Whether a code or alias means this region. An operator's region may itself be called `eu`: then it is meant."""
     return name in (region, ANY) or region in AREAS.get(name, ())
+
+
+@dataclass(frozen=True, slots=True)
+class RegionWish:
+    """The regions that a request asks for, in order: codes and aliases. Forced ones are not left for others."""
+
+    names: tuple[str, ...]
+    is_forced: bool = False
+
+    def rank(self, region: str) -> int | None:
+        """Which of the names is the first that means this region; the last rank where none does, None if forced."""
+        for at, name in enumerate(self.names):
+            if names_region(name, region):
+                return at
+        return None if self.is_forced else len(self.names)
 
 
 def expand_regions(

@@ -86,7 +86,12 @@ def _went_by_name(exchange: Exchange, service: ServiceView, want: Preference) ->
     if want.force is not None and named.machine is not None:
         _wait_for_room(exchange, (named.machine.slot,))
         return True
-    can_be_woken = view is not None and not view.takes_requests and not view.record.cordoned
+    can_be_woken = (
+        view is not None
+        and not view.takes_requests
+        and not view.record.cordoned
+        and (exchange.may_wake or want.force is None)
+    )
     if can_be_woken and service.record.autostart and (want.force is not None or not service.running):
         if may_wake(exchange, name):
             wake(exchange, name)
@@ -106,6 +111,11 @@ def _wait_for_room(exchange: Exchange, slots: tuple[int, ...]) -> None:
     assert app is not None and port is not None
     limit, limits = port.service.record.hard_limit, app.record.limits
     assert limit is not None
+    if not exchange.may_wait:
+        exchange.fail(
+            ProxyError(Code.AT_HARD_LIMIT, Source.MACHINE, detail="all machines here are at their hard limit")
+        )
+        return
     try:
         ticket = exchange.edge.queue.wait(
             app.record.slot, slots, limit, limits.queue_timeout_s, limits.max_queued, exchange.on_waited,
@@ -136,7 +146,13 @@ def _wake_some(exchange: Exchange, service: ServiceView) -> None:
     app, want = exchange.app, exchange.want
     assert app is not None
     if service.is_failing:
-        _wait_for_health(exchange, service)
+        if exchange.may_wait:
+            _wait_for_health(exchange, service)
+        else:
+            exchange.fail(ProxyError(Code.NO_HEALTHY, Source.MACHINE, detail="no machine's checks pass here"))
+        return
+    if not exchange.may_wake:
+        exchange.fail(ProxyError(Code.RECENTLY_STOPPED, Source.MACHINE, detail="no machine of the app runs here now"))
         return
     if not service.record.autostart:
         exchange.fail(ProxyError(Code.NO_CANDIDATE, detail="no machine runs and autostart is off"))

@@ -18,6 +18,7 @@ from proxy.decide.ulid import TraceMaker, UlidMaker
 from proxy.edge.access_log import AccessLog
 from proxy.edge.access_record import Record
 from proxy.edge.body import BodyBudget
+from proxy.edge.peer_tls import PeerTls
 from proxy.edge.queue import Queue, Ring
 from proxy.edge.sources import Sources
 from proxy.edge.table import Table
@@ -26,6 +27,7 @@ from proxy.edge.waker import Waker
 from proxy.edge.warmth import Warmth
 from proxy.errors import Code, ProxyError, http_status
 from proxy.ipc import Message, Settings
+from proxy.model import NodeName, RegionCode
 from proxy.state import (
     A_BYTES_IN,
     A_BYTES_OUT,
@@ -100,6 +102,8 @@ class EdgeContext:
         self.http_challenge: Callable[[str], bytes | None] = lambda token: None  # what a CA looks for, by its token
         self.ulids = UlidMaker(os.urandom(8))
         self.traces = TraceMaker(os.urandom(16))
+        self.region_ranks: dict[RegionCode, int] = {}  # 0 = the nearest
+        self.peer_tls: Callable[[NodeName], PeerTls] | None = None  # while this node has a certificate of the fleet's
         self.log = AccessLog("", "json", self.wheel, self._count_dropped)
         self.draining = False
         self.sources = Sources(workers)

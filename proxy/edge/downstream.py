@@ -290,12 +290,19 @@ class HttpConnection(asyncio.Protocol):
         exchange = Exchange(self._edge, self, head)
         exchange.corked = self._turn and head.length != 0
         self._exchange = exchange
-        exchange.run()
+        self._begin(exchange)
         if head.length and not exchange.ended:
             self._set_deadline()
         if self._app_cells < 0 and exchange.app is not None:
             self._app_cells = exchange.app.cells
             self._edge.cells[self._app_cells + A_CONNECTS] += 1
+
+    def _begin(self, exchange: Exchange) -> None:
+        exchange.run()
+
+    def _idle_s(self) -> float:
+        """How long it may rest between two requests."""
+        return self._edge.settings.idle_timeout_s
 
     def read_begins(self) -> None:
         """From the TLS layer: all that it delivers until `read_ends` came in one read."""
@@ -361,7 +368,7 @@ class HttpConnection(asyncio.Protocol):
         if self._reader.is_between_requests:
             if self._phase is not Phase.IDLE:
                 self._phase = Phase.IDLE
-                self._edge.wheel.arm(self, self._edge.settings.idle_timeout_s)
+                self._edge.wheel.arm(self, self._idle_s())
         elif self._phase is not Phase.HEAD:
             self._phase = Phase.HEAD
             self._edge.wheel.arm(self, self._edge.settings.head_timeout_s)
@@ -434,6 +441,9 @@ class HttpConnection(asyncio.Protocol):
         self._out.append(interim_head(head))
         self.flush()
         self._set_deadline()
+
+    def send_go(self) -> None:
+        """A client waits for no edge's word."""
 
     def send_head(self, head: ResponseHead, port: PortView, request_id: bytes, framing: bytes, close: bool) -> None:
         self._out.append(

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Final, Protocol
 from proxy.clock import monotonic_ns, unix
 from proxy.decide.balance import Preference
 from proxy.decide.ewma import LOAD_HEADER
-from proxy.decide.headers import redirect_target, request_head, response_framing, trailer_block
+from proxy.decide.headers import redirect_target, request_head, response_framing, sent_on_head, trailer_block
+from proxy.decide.region import RegionWish
 from proxy.decide.replay import Directive
 from proxy.decide.replay_key import SessionKey
 from proxy.decide.retry import SAFE_METHODS, Step, next_step
+from proxy.decide.steering import is_machine_id
 from proxy.edge.access import AccessGate
 from proxy.edge.access_record import Record
 from proxy.edge.body import KeptBody, Replayed
@@ -32,13 +34,15 @@ from proxy.edge.error_page import error_page
 from proxy.edge.handover import Handover
 from proxy.edge.relay import Tunnel
 from proxy.edge.replay_answer import ReplayAnswer, replay_answer
+from proxy.edge.sites import Trip, peer_pool, pick_site
 from proxy.edge.steering import steer, stick
-from proxy.edge.table import AppView, MachineView, PortView
+from proxy.edge.table import AppView, MachineView, PeerView, PortView, SiteView
 from proxy.edge.upstream import UpstreamConnection, pool_for
 from proxy.errors import Code, ProxyError, Retry, Source, http_status
 from proxy.ipc import PassiveFailure
-from proxy.model import AppName, MachineId
-from proxy.state import W_SHED_REQUESTS
+from proxy.model import AppName, MachineId, NodeName
+from proxy.state import W_BACKHAUL_REQUESTS, W_PEER_REFUSALS, W_PEER_REQUESTS, W_SHED_REQUESTS
+from proxy.wire.backhaul import MAX_HOPS, REFUSED, SERVED_BY, Hop, HopError, hop_line, parse_refused
 from proxy.wire.http1 import CHUNKED, Headers, RequestHead, ResponseHead
 
 ACME_PATH: Final = b"/.well-known/acme-challenge/"  # RFC 8555 §8.3
@@ -70,6 +74,9 @@ class Stream(Protocol):
     def probe(self) -> None: ...
     def has_left(self) -> bool: ...
     def send_interim(self, head: ResponseHead) -> None: ...
+    def send_go(self) -> None:
+        """Tell the edge that sent it on that a machine takes its body."""
+
     def send_head(self, head: ResponseHead, port: PortView, request_id: bytes, framing: bytes, close: bool) -> None: ...
     def send_switch(self, head: ResponseHead, port: PortView, request_id: bytes) -> None: ...
     def send_data(self, data: bytes) -> None: ...
@@ -98,12 +105,14 @@ class Exchange:
     """One request. Created by a stream when a head is whole; gone when the record is written."""
 
     __slots__ = (
-        "app", "attempts", "body_done", "bytes_in", "bytes_out", "cache_status", "chunked_out", "client_held",
-        "close_after", "code", "connecting", "cookie", "corked", "counted_app", "counted_slot", "detail", "edge",
+        "app", "attempts", "awaits_go", "body_done", "bytes_in", "bytes_out", "cache_status", "chunked_out",
+        "client_held", "close_after", "code", "connecting", "cookie", "corked", "counted_app", "counted_slot",
+        "detail", "edge",
         "ended", "extra", "failed", "first_byte_ns", "gate", "handing", "handover", "head", "head_only", "held",
-        "held_bytes", "kept", "machine", "port", "queued_since", "replayed", "request_id", "response", "sent_ns",
-        "session", "started_ns", "started_unix", "status", "stream", "ticket", "trailers", "tried", "tunnel",
-        "upstream", "upstream_full", "upstream_held", "wait", "wake_machine", "wake_ns", "wakes", "want",
+        "held_bytes", "hop", "hop_out", "is_again", "kept", "machine", "may_wait", "may_wake", "peer_machine", "port",
+        "queued_since", "refusal", "replayed", "request_id", "response", "sent_ns", "session", "started_ns",
+        "started_unix", "status", "stream", "ticket", "trailers", "tried", "trip", "tunnel", "upstream",
+        "upstream_full", "upstream_held", "wait", "wake_machine", "wake_ns", "wakes", "want", "wish",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeContext, stream: Stream, head: RequestHead) -> None:
@@ -124,6 +133,7 @@ class Exchange:
         self.wait: Wait | None = None
         self.queued_since = 0  # since when it has its place in line for a machine below its hard limit
         self.want: Preference | None = None  # what the client asks for
+        self.wish: RegionWish | None = None  # and in which regions
         self.extra = b""  # header lines for the machine beside the usual ones
         self.handover: Handover | None = None  # once a replay, or the replay cache, has sent it elsewhere
         self.handing: ReplayAnswer | None = None  # the answer under way is a replay, and not the client's
@@ -133,6 +143,15 @@ class Exchange:
         self.gate: AccessGate | None = None  # of the app that the client asked for
         self.kept: KeptBody | None = None  # the request's body, for a replay
         self.replayed: Replayed | None = None  # it is being sent again
+        self.hop: Hop | None = None  # another edge sent it on, with this
+        self.hop_out = b""  # what the edge is told that it goes to
+        self.peer_machine: MachineId | None = None  # that answered there
+        self.trip: Trip | None = None  # which nodes it has been to, of an app that has machines at several
+        self.may_wake = True  # a machine of this node may be started for it
+        self.may_wait = True  # it may stand in line here
+        self.refusal: ProxyError | None = None  # the answer under way is another edge's refusal
+        self.awaits_go = False  # its body waits for the other edge's word that a machine takes it
+        self.is_again = False  # some of its body has gone out before, to nobody's use
         self.attempts = 0
         self.wakes = 0
         self.tried: set[MachineId] | None = None
@@ -172,7 +191,7 @@ class Exchange:
         is_challenge = head.target.startswith(ACME_PATH)
         if is_challenge and self._answer_challenge():
             return
-        app = self.edge.table.hosts.get(head.host) or self.edge.table.find(head.host)
+        app = self.edge.table.find(head.host)
         port = app.ports.get(stream.public_port) if app is not None else None
         if (
             port is None
@@ -224,15 +243,51 @@ class Exchange:
         self.edge.count(W_SHED_REQUESTS)
         self.refuse(ProxyError(Code.OVERLOADED, detail="the worker is overloaded", retry_after_s=1))
 
+    def run_for_peer(self, hop: Hop) -> None:
+        """What another edge sent on: it has seen to the client; here a machine serves it, or it is refused."""
+        edge = self.edge
+        edge.count(W_BACKHAUL_REQUESTS)
+        self.hop = hop
+        self.request_id = hop.request_id
+        self.may_wake, self.may_wait = hop.may_wake, hop.may_wait
+        if edge.sheds_requests:
+            self._shed()
+            return
+        app = edge.table.apps.get(AppName(hop.app))
+        port = app.port(hop.port) if app is not None else None
+        if app is None or port is None or not port.http:
+            self.refuse(ProxyError(Code.HOP_INVALID, detail=f"app {hop.app} has no HTTP on port {hop.port} here"))
+            return
+        self.app, self.port = app, port
+        if hop.force is not None or hop.prefer is not None or hop.exclude:
+            self.want = Preference(hop.force, hop.prefer, frozenset(hop.exclude))
+        if hop.via and hop.via != edge.settings.node:
+            self._pass_through(hop)
+        else:
+            self.choose()
+
+    def _pass_through(self, hop: Hop) -> None:
+        """The edge that has it can't reach the node that it is for: we can, perhaps."""
+        assert self.app is not None
+        site = self.app.site(hop.via)
+        if site is None or hop.hops >= MAX_HOPS:
+            self.refuse(ProxyError(Code.HOP_INVALID, detail=f"no way to node {hop.via} from here"))
+            return
+        self.attempt_peer(site, "")
+
     def choose(self) -> None:
         """Send it to a machine, or wait for one."""
-        assert self.port is not None
-        machine = self.port.service.sole
+        app, port = self.app, self.port
+        assert app is not None and port is not None
+        if app.sites and self.hop is None:
+            pick_site(self)
+            return
+        machine = port.service.sole
         if (
             machine is None
             or self.tried is not None
             or self.want is not None
-            or not may_go(self, self.port.service)
+            or not may_go(self, port.service)
             or not self.attempt(machine)
         ):
             pick(self)
@@ -242,17 +297,19 @@ class Exchange:
         self.app, self.port = app, port
         self.first_byte_ns = 0
         self.tried = None
+        self.trip = None
         self.wakes = self.attempts = 0
         self.queued_since = 0
-        self._choose_again()
+        self.choose_again()
 
-    def _choose_again(self) -> None:
+    def choose_again(self) -> None:
         """By the newest records: they may have been replaced while we waited."""
         old = self.app
         assert old is not None
         app = self.edge.table.apps.get(old.name)
-        port = app.ports.get(self.stream.public_port) if app is not None else None
-        is_other = self.handover is not None  # a target need not have TLS where the app has it that hands on
+        port = app.port(self.stream.public_port) if app is not None else None
+        # a target need not have TLS where the app has it that hands on; the edge it comes from has looked
+        is_other = self.handover is not None or self.hop is not None
         if app is None or port is None or not port.http or (port.tls is not self.stream.is_tls and not is_other):
             self.fail(ProxyError(Code.MACHINE_GONE, detail="the app was removed meanwhile"))
             return
@@ -306,7 +363,7 @@ class Exchange:
         elif error is None and self.queued_since and self.stream.has_left():
             return  # its connection ends, and it with that
         elif error is None:
-            self.go_on(self._choose_again)
+            self.go_on(self.choose_again)
         else:
             self.go_on(lambda: self.fail(error))
 
@@ -351,6 +408,46 @@ class Exchange:
             self._send(connection)
         return True
 
+    def attempt_peer(self, site: SiteView, via: str) -> None:
+        """Send it to another edge, for a machine there; `via`: by way of that node, for the site's."""
+        app, edge = self.app, self.edge
+        assert app is not None
+        self._release_load()
+        peer = edge.table.peers.get(NodeName(via)) if via else site.target.peer
+        pool = peer_pool(edge, peer) if peer is not None else None
+        self.machine = site.target if not via or peer is None else MachineView(app.name, site.target.record, peer)
+        self.attempts += 1
+        if pool is None:
+            self.fail(ProxyError(Code.PEER_UNREACHED, detail=f"node {via or site.node}: no way there"))
+            return
+        edge.count(W_PEER_REQUESTS)
+        hop, want, stream = self.hop, self.want, self.stream
+        # a body that is more than is kept goes out only where it will not have to be sent again
+        limits, length = app.record.limits, self.head.length
+        self.awaits_go = hop.wants_go if hop is not None else length > limits.replay_memory_bytes or length == CHUNKED
+        self.hop_out = hop_line(
+            Hop(
+                app=app.name,
+                port=stream.public_port,
+                request_id=self.request_id,
+                client_ip=stream.client_ip,
+                is_tls=stream.is_tls if hop is None else hop.is_tls,
+                hops=1 if hop is None else hop.hops + 1,
+                may_wake=self.may_wake,
+                may_wait=self.may_wait,
+                wants_go=self.awaits_go,
+                force=want.force if want is not None else None,
+                prefer=want.prefer if want is not None else None,
+                exclude=tuple(want.exclude) if want is not None else (),
+                via=site.node if via else "",
+            )
+        )
+        connection = pool.take()
+        if connection is None:
+            self.connecting = pool.connect(self)
+        else:
+            self._send(connection)
+
     @property
     def may_be_sent_twice(self) -> bool:
         """Whether it may go over a connection of which nobody knows how the machine has it."""
@@ -366,6 +463,7 @@ class Exchange:
             assert self.app is not None
             self.counted_app = self.app.record.slot if hard_limit is not None else -1
         self.machine = machine
+        self.hop_out = b""
         self.attempts += 1
         return True
 
@@ -389,33 +487,43 @@ class Exchange:
         if not self.ended:
             machine = self.machine
             assert machine is not None
-            self.edge.link.send(
-                PassiveFailure(machine.app, machine.record.id, machine.record.version, error.code.value)
-            )
+            if machine.peer is None:
+                self.edge.link.send(
+                    PassiveFailure(machine.app, machine.record.id, machine.record.version, error.code.value)
+                )
             self.go_on(lambda: self._after_failure(error))
 
     def _send(self, connection: UpstreamConnection) -> None:
         """Write the head and what is held of the body; from here on the body streams."""
         stream, head, port, app, edge = self.stream, self.head, self.port, self.app, self.edge
         assert port is not None and app is not None
-        handover = self.handover
+        handover, again = self.handover, self.is_again
         if handover is not None:
-            if handover.sends_again and not self.can_send_again:
-                connection.release(clean=True)
-                self.refuse(ProxyError(Code.REPLAY_BODY_GONE, detail="the body outgrew what is kept while it waited"))
-                return
+            again = again or handover.sends_again
             handover.opened()
+        if again and not self.can_send_again:
+            connection.release(clean=True)
+            self.refuse(ProxyError(Code.REPLAY_BODY_GONE, detail="the body outgrew what is kept while it waited"))
+            return
         self.upstream = connection
         connection.begin(self, self.head_only)
         self.sent_ns = monotonic_ns()
-        identity = stream.identity(head.minor, port.service.pooled or head.upgrade is not None)
-        data = request_head(
-            head,
-            identity + self.extra if self.extra else identity,
-            self.request_id,
-            int(self.started_unix * 1_000_000),
-            edge.traces.next(),
-        )
+        hop_out, self.hop_out = self.hop_out, b""
+        keeps = port.service.pooled or head.upgrade is not None or bool(hop_out)
+        if self.hop is not None:
+            data = sent_on_head(head, keeps, hop_out)
+            if self.hop.wants_go and not hop_out:
+                stream.send_go()
+        else:
+            identity = stream.identity(head.minor, keeps)
+            extra = self.extra + hop_out if hop_out else self.extra
+            data = request_head(
+                head,
+                identity + extra if extra else identity,
+                self.request_id,
+                int(self.started_unix * 1_000_000),
+                edge.traces.next(),
+            )
         limit = app.record.limits.first_byte_timeout_s
         if self.head.length == 0:
             connection.transport.write(data)
@@ -427,7 +535,10 @@ class Exchange:
         connection.disarm()
         if head.expects_continue and limit is not None:
             connection.arm(limit)  # the client waits for the machine's word, and sends no last byte before it
-        self._send_body(connection, handover is not None and handover.sends_again)
+        if not self.awaits_go:
+            self._send_body(connection, again)
+        elif limit is not None:
+            connection.arm(limit)
         if not self.corked:
             connection.uncork()
 
@@ -483,7 +594,7 @@ class Exchange:
             self._on_continue()
         if not self.ended and (self.response is None or self.replayed is not None):
             self._keep(data)
-        connection = self.upstream
+        connection = self.upstream if not self.awaits_go else None
         if connection is not None:
             if self.replayed is None:
                 self._write_body(connection, data)
@@ -554,6 +665,18 @@ class Exchange:
             self.cut_off()  # it must not answer beside who may get the request next
             self.go_on(lambda: self._on_failure(ProxyError(Code.REPLAY_BODY_GONE, Source.EDGE, detail=detail)))
 
+    def _on_go(self) -> None:
+        """The other edge has a machine for it: the body may go."""
+        self.awaits_go = False
+        connection = self.upstream
+        if self.hop is not None:
+            self.stream.send_go()  # we only send it on, and its edge waits as we did
+        if connection is None or self.ended:
+            return
+        connection.cork()
+        self._send_body(connection, self.is_again)
+        connection.uncork()
+
     def _on_continue(self) -> None:
         """A 100 came, or a client that would not wait for it has begun its body: now that is what is waited for."""
         self.head.expects_continue = False
@@ -565,7 +688,7 @@ class Exchange:
             return
         self.body_done = True
         self.trailers = trailers
-        if self.upstream is not None and not self.ended and self.replayed is None:
+        if self.upstream is not None and not self.ended and self.replayed is None and not self.awaits_go:
             self._finish_request(self.upstream)
 
     # --- the answer, from the machine
@@ -579,7 +702,11 @@ class Exchange:
         self.first_byte_ns = monotonic_ns()
         if self.wake_machine is not None:
             self._drop_waits()  # it was sent ahead, and the machine is quicker than the word that it runs
-        if head.noted or port.watches:
+        if head.noted and self.machine is not None and self.machine.peer is not None and self._is_refused(head):
+            return
+        if self.hop is not None:
+            pass  # what it tells of its machine is for the edge that sent it on
+        elif head.noted or port.watches:
             self._watch(head)
             if head.noted and self._is_replay(head):
                 return
@@ -592,22 +719,40 @@ class Exchange:
         self.close_after = must_close or not self.body_done or request.upgrade is not None
         stream.send_head(head, port, self.request_id, framing, self.close_after)
 
+    def _is_refused(self, head: ResponseHead) -> bool:
+        """Read what the other edge says with the answer. True if it is no answer but that edge's refusal."""
+        for name, value in head.noted:
+            if name == SERVED_BY and is_machine_id(value):
+                self.peer_machine = MachineId(value.decode("ascii"))
+            elif name == REFUSED:
+                self.refusal = _refusal(value)
+                self.edge.count(W_PEER_REFUSALS)
+        return self.refusal is not None
+
+    @property
+    def served_by(self) -> MachineId:
+        """The machine that has the request, as far as is known: of a peer's, the node until it has answered."""
+        if self.peer_machine is not None:
+            return self.peer_machine
+        return self.machine.record.id if self.machine is not None else MachineId("")
+
     def _watch(self, head: ResponseHead) -> None:
         """What the answer tells of its machine."""
         app, machine, edge = self.app, self.machine, self.edge
         assert app is not None and machine is not None
-        now = edge.wheel.now
-        seconds = (self.first_byte_ns - self.sent_ns) / 1e9
-        if head.status < 500:
-            edge.scores.observe(machine.slot, now, seconds)
-        else:
-            edge.scores.observe_error(machine.slot, now, seconds)  # a machine that fails fast must not look fast
-        for name, value in head.noted:
-            if name == LOAD_HEADER:
-                edge.scores.report(machine.slot, now, value)
+        if machine.peer is None:
+            now = edge.wheel.now
+            seconds = (self.first_byte_ns - self.sent_ns) / 1e9
+            if head.status < 500:
+                edge.scores.observe(machine.slot, now, seconds)
+            else:
+                edge.scores.observe_error(machine.slot, now, seconds)  # a machine that fails fast must not look fast
+            for name, value in head.noted:
+                if name == LOAD_HEADER:
+                    edge.scores.report(machine.slot, now, value)
         is_asked = self.handover is None or self.handover.is_asked(app)  # only its cookie is read again
-        if app.record.sticky is not None and is_asked and self.cookie != machine.record.id:
-            stick(self, head, app.record.sticky, machine)
+        if app.record.sticky is not None and is_asked and self.cookie != self.served_by:
+            stick(self, head, app.record.sticky, self.served_by)
 
     def _is_replay(self, head: ResponseHead) -> bool:
         """Whether the machine hands the request on: then the answer is not the client's."""
@@ -650,6 +795,9 @@ class Exchange:
         return connection
 
     def _on_interim(self, head: ResponseHead) -> None:
+        if head.status == 100 and self.awaits_go:
+            self._on_go()
+            return
         if head.status == 100 and self.head.expects_continue:
             self._on_continue()
         if head.status == 101:
@@ -692,8 +840,16 @@ class Exchange:
             self.stream.send_data(data)
 
     def on_response_end(self, trailers: Headers) -> None:
-        if self.machine is not None and self.machine.passive is not None:
-            self.machine.passive.succeeded(self.edge.wheel.now)
+        machine = self.machine
+        if machine is not None:
+            passive = machine.passive if machine.peer is None else machine.peer.passive
+            if passive is not None:
+                passive.succeeded(self.edge.wheel.now)
+        refusal, self.refusal = self.refusal, None
+        if refusal is not None:
+            self._let_go().release(clean=self.body_done and not self.awaits_go and self.replayed is None)
+            self.go_on(lambda: self._after_failure(refusal))
+            return
         handing = self.handing
         if handing is None and self.chunked_out:
             self.stream.send_last_chunk(trailers)
@@ -789,6 +945,9 @@ class Exchange:
         """An attempt failed before any answer: what next is decide/retry's to say."""
         machine, port = self.machine, self.port
         assert machine is not None and port is not None
+        if machine.peer is not None:
+            self._after_peer_failure(machine.peer, error)
+            return
         if self.app is not None and error.code in _BLAMED and error.retry is not Retry.REUSED_CONNECTION:
             self.app.failed(machine, self.edge.wheel.now)
             self.edge.scores.observe_failure(machine.slot, self.edge.wheel.now)
@@ -804,7 +963,23 @@ class Exchange:
             self.tried = tried
             self._another(machine)
         else:
+            if error.retry is not Retry.NOTHING_SENT:
+                self.trip = None  # a machine may have had it: it goes to no other
             self.fail(error)
+
+    def _after_peer_failure(self, peer: PeerView, error: ProxyError) -> None:
+        """Another edge was not reached, went away, or refused. Elsewhere, if no machine can have had the request."""
+        if error.code in _BLAMED and (error.retry is not Retry.REUSED_CONNECTION or self.attempts > 1):
+            peer.failed(self.edge.wheel.now)
+        is_safe = error.retry is Retry.REUSED_CONNECTION and self.may_be_sent_twice
+        if error.retry is not Retry.NOTHING_SENT and not is_safe:
+            self.trip = None  # this is its end
+        elif self.sent_ns and self.bytes_in and not self.awaits_go:
+            self.is_again = True  # some of the body may have gone
+        self.awaits_go = False
+        self.sent_ns = 0
+        self.peer_machine = None
+        self.fail(error)
 
     @property
     def _is_given_back(self) -> bool:
@@ -833,14 +1008,17 @@ class Exchange:
         self._release_load()
         if self._others_run(self.tried or set()):
             pick(self)
-        elif failed.record.state.value == "started":
+        elif failed.record.state.value == "started" and self.may_wake:
             wake(self, failed.record.id)
         else:
             self.tried = None
             pick(self)
 
     def fail(self, error: ProxyError) -> None:
-        """No machine was reached. Where a replay pointed there, that is for its sender to hear of."""
+        """No machine was reached: go to another node, if there is one that has machines of the app. Where a replay
+        pointed there, that is for its sender to hear of."""
+        if self.trip is not None and self.trip.goes_on(self, error):
+            return
         if self.handover is not None and self.handover.is_open:
             self.leave_target()
             self.handover.failed(error)
@@ -984,11 +1162,24 @@ class Exchange:
                     self.started_unix, app.record.name if app is not None else "", self.stream.client_ip,
                     head.method.decode("latin-1"), head.host, head.target.decode("latin-1"), self.status, us / 1000,
                     self.bytes_in, self.bytes_out, self.request_id.decode("ascii"), self.stream.public_port,
-                    self.stream.is_tls, self.machine.record.id if self.machine is not None else "", first_us / 1000,
+                    self.stream.is_tls if self.hop is None else self.hop.is_tls, self.served_by, first_us / 1000,
                     self.wake_ns // 1000 / 1000, self.attempts, self.code.value if self.code is not None else "",
                     self.detail, self.tunnel is not None,
                 )
             )  # fmt: skip
+
+
+def _refusal(value: bytes) -> ProxyError:
+    """Another edge's word that it does not serve the request. What can't be read counts as if a machine had it."""
+    try:
+        said = parse_refused(value)
+        code = Code(said.code)
+    except HopError as error:
+        return ProxyError(Code.HOP_INVALID, Source.UPSTREAM, detail=f"a refusal that can't be read: {error}")
+    except ValueError:  # a newer version's
+        code = Code.HOP_INVALID
+    retry = Retry.NOTHING_SENT if said.is_unsent else Retry.NEVER
+    return ProxyError(code, Source.UPSTREAM, retry, said.detail, retry_after_s=said.retry_after_s)
 
 
 class _Again:

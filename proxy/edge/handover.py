@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from proxy.clock import monotonic_ns, unix
 from proxy.decide.balance import Preference
-from proxy.decide.region import expand_regions
+from proxy.decide.region import RegionWish
 from proxy.decide.replay import Directive, FailReason, Fallback, apply_transform, judge, replay_failed, replay_src
 from proxy.decide.replay_cache import Found
-from proxy.edge.table import AppView, MachineView, PortView
+from proxy.edge.table import AppView, PortView
 from proxy.edge.timers import Call
 from proxy.errors import Code, ProxyError, Source
-from proxy.model import RegionCode
+from proxy.model import MachineId, RegionCode
 
 if TYPE_CHECKING:
     from proxy.edge.exchange import Exchange
@@ -41,13 +41,13 @@ class Handover:
     """Where a replayed request came from and how far it has got."""
 
     __slots__ = (
-        "_app", "_came_back", "_directive", "_exchange", "_found", "_machine", "_original", "_port", "_reached",
-        "_replays", "_routed", "_started_ns", "_timer", "_want",
+        "_app", "_came_back", "_directive", "_exchange", "_found", "_original", "_port", "_reached", "_replays",
+        "_routed", "_source", "_started_ns", "_timer", "_want", "_wish",
     )  # fmt: skip
 
     _app: AppView  # of the machine that handed the request on
     _port: PortView
-    _machine: MachineView | None  # None: the cache remembered for it
+    _source: MachineId | None  # that machine; None: the cache remembered for it
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -57,6 +57,7 @@ class Handover:
         self._directive: Directive | None = None
         self._found: Found | None = None  # the entry of the cache that is being followed
         self._want: Preference | None = None
+        self._wish: RegionWish | None = None
         self._reached = False
         self._started_ns = 0
         self._timer: Call | None = None
@@ -68,7 +69,7 @@ class Handover:
         exchange = self._exchange
         app, port, machine = exchange.app, exchange.port, exchange.machine
         assert app is not None and port is not None and machine is not None
-        self._app, self._port, self._machine = app, port, machine
+        self._app, self._port, self._source = app, port, exchange.served_by
         self._directive = directive
         self._reached = False
         self._started_ns = monotonic_ns()
@@ -90,7 +91,7 @@ class Handover:
         except ProxyError as fault:
             exchange.refuse(fault)
             return
-        source = replay_src(machine.record.id, exchange.edge.region, int(unix() * 1e6), directive.state)
+        source = replay_src(self._source, machine.record.region, int(unix() * 1e6), directive.state)
         exchange.extra = b"fly-replay-src: %b\r\nfly-replay-cache-status: %b\r\n" % (source, exchange.cache_status)
         self._address(directive, target)
 
@@ -109,7 +110,7 @@ class Handover:
         exchange, directive = self._exchange, found.directive
         app, port = exchange.app, exchange.port
         assert app is not None and port is not None
-        self._app, self._port, self._machine = app, port, None
+        self._app, self._port, self._source = app, port, None
         table = exchange.edge.table
         target = app if directive.app is None else table.apps.get(directive.app)
         if target is None or judge(directive, 0, False, app.record, target.record) is not None:
@@ -119,7 +120,7 @@ class Handover:
         self._directive = directive
         self._reached = False
         self._started_ns = monotonic_ns()
-        self._want = exchange.want
+        self._want, self._wish = exchange.want, exchange.wish
         exchange.extra = b"fly-replay-cache-status: hit\r\n"
         self._address(directive, target)
         return True
@@ -140,15 +141,17 @@ class Handover:
             head.listed_hops = frozenset()  # they are out; what the app has set stays, whatever the client named
         if directive.timeout_s is not None:
             self._timer = edge.wheel.call_later(directive.timeout_s, self._on_timeout)
-        port = target.ports.get(exchange.stream.public_port)
+        port = target.port(exchange.stream.public_port)
         if port is None or not port.http:
             self.failed(ProxyError(Code.REPLAY_UNREACHED, detail=f"{target.name} serves no HTTP on this port"))
             return
-        if directive.regions and not expand_regions(directive.regions, RegionCode(edge.region), ()):
-            self.failed(ProxyError(Code.REPLAY_UNREACHED, detail="none of the regions is this node's"))
+        wish = RegionWish(directive.regions, is_forced=True) if directive.regions else None
+        if wish is not None and not target.is_in(wish, RegionCode(edge.region)):
+            self.failed(ProxyError(Code.REPLAY_UNREACHED, detail="the app has no machine in any of the regions"))
             return
-        exclude = frozenset({self._machine.record.id} if self._machine is not None and directive.elsewhere else ())
+        exclude = frozenset({self._source} if self._source is not None and directive.elsewhere else ())
         exchange.want = Preference(directive.instance, directive.prefer_instance, exclude)
+        exchange.wish = wish
         exchange.aim(target, port)
 
     def _keeps_out(self, target: AppView) -> ProxyError | None:
@@ -208,16 +211,16 @@ class Handover:
         self.stop()
         exchange, directive = self._exchange, self._directive
         assert directive is not None
-        if self._machine is None:
+        if self._source is None:
             self._leave_cache()
             return
         if directive.fallback is None or error.code not in _UNREACHED:
             self._reached = True  # nothing more is tried on behalf of the replay
-            detail = f"replay by {self._machine.record.id} of {self._app.name}: {reason.value}: {error}"
+            detail = f"replay by {self._source} of {self._app.name}: {reason.value}: {error}"
             code = Code.REPLAY_UNREACHED if error.code in _UNREACHED else error.code
             exchange.refuse(ProxyError(code, Source.MACHINE, detail=detail, retry_after_s=error.retry_after_s))
             return
-        source = self._machine.record.id
+        source = self._source
         self._directive = None
         self._came_back = True
         elapsed_ms = (monotonic_ns() - self._started_ns) // 1_000_000
@@ -227,6 +230,7 @@ class Handover:
         head.target, head.passed, head.listed_hops = self._original
         force = source if directive.fallback is Fallback.FORCE_SELF else None
         exchange.want = Preference(force, None if force else source)
+        exchange.wish = None
         self._go_back()
 
     def _leave_cache(self) -> None:
@@ -236,7 +240,7 @@ class Handover:
         exchange.edge.replays.drop(found.key)
         self._found = self._directive = None
         exchange.extra = b""
-        exchange.want = self._want
+        exchange.want, exchange.wish = self._want, self._wish
         self._go_back()
 
     def _go_back(self) -> None:

@@ -165,14 +165,14 @@ class Listener:
 
     # --- TLS
 
-    def _on_hello(self, hello: ClientHello, peer: Any) -> bool:
+    def _on_hello(self, hello: ClientHello, peer: Any) -> ssl.SSLContext | None:
         """Refuse names that nobody serves here; start the app that a name means if it sleeps.
 
-        Returns whether the app's port offers nothing above TLS 1.2.
+        Returns what to offer where the app's port has nothing above TLS 1.2.
         """
         if hello.alpn == ACME_TLS:  # a CA looks: it wakes nobody, and the name may have no app on this port
             self._count_handshake(plain_ip(peer))
-            return False
+            return None
         app = self._edge.table.find(hello.server_name or "")
         port = app.ports.get(self.public_port) if app is not None else None
         is_new = app is None and self._edge.settings.on_demand and hello.server_name is not None
@@ -181,19 +181,20 @@ class Listener:
         ip = plain_ip(peer)
         self._count_handshake(ip)
         if app is None or port is None:
-            return False  # control decides, when the certificate is asked for
+            return None  # control decides, when the certificate is asked for
         if app.gate is not None and not app.gate.handshake(ip, self._edge.wheel.now):
             raise ProxyError(Code.TLS_RATE_SOURCE, detail=f"{ip} begins handshakes more often than {app.name} allows")
         versions = port.record.tls_versions
         if versions == ("TLSv1.3",) and TLS_1_3 not in hello.versions:
             raise HelloError(PROTOCOL_VERSION, f"{app.name} speaks TLS 1.3 alone, the client does not")
-        is_old = versions == ("TLSv1.2",)
+        assert self._acceptor is not None
+        base = self._acceptor.old_base() if versions == ("TLSv1.2",) else None
         service = port.service
         if service.running or not service.record.autostart or app.record.wake_on is not WakeOn.HELLO:
-            return is_old
+            return base
         if not app.wake_filter.ignores_source(ip) and not (app.gate is not None and app.gate.denies(ip)):
             self._hint(app, service.record.processes, ip)
-        return is_old
+        return base
 
     def _count_handshake(self, ip: str) -> None:
         if not self._edge.sources.may_shake_hands(ip):

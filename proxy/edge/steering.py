@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 from proxy.clock import unix
 from proxy.decide.balance import Preference
-from proxy.decide.region import expand_regions
+from proxy.decide.region import RegionWish
 from proxy.decide.steering import NOT_STEERED, parse_steering
 from proxy.decide.sticky import find_cookie, open_sealed, seal, set_cookie, strip_cookie
 from proxy.edge.handover import Handover
-from proxy.edge.table import MachineView
 from proxy.errors import Code, ProxyError, Source
-from proxy.model import RegionCode, StickyCookie
+from proxy.model import MachineId, RegionCode, StickyCookie
 from proxy.wire.http1 import RequestHead, ResponseHead
 
 if TYPE_CHECKING:
@@ -29,9 +28,13 @@ def steer(exchange: Exchange) -> bool:
     head, app, port = exchange.head, exchange.app, exchange.port
     assert app is not None and port is not None
     asked = parse_steering(head.noted) if head.noted else NOT_STEERED
+    if asked.force_regions:
+        exchange.wish = RegionWish(asked.force_regions, is_forced=True)
+    elif asked.prefer_regions:
+        exchange.wish = RegionWish(asked.prefer_regions)
     here = RegionCode(exchange.edge.region)
-    if asked.is_impossible or (asked.force_regions and not expand_regions(asked.force_regions, here, ())):
-        detail = "the client forces what is not here"
+    if asked.is_impossible or (exchange.wish is not None and not app.is_in(exchange.wish, here)):
+        detail = "the client forces where the app is not"
         exchange.refuse(ProxyError(Code.FORCED_UNREACHED, Source.DOWNSTREAM, detail=detail))
         return False
     if port.sessions is not None:
@@ -54,7 +57,7 @@ def _read_cookie(exchange: Exchange, sticky: StickyCookie) -> None:
         return
     _strip(head, name)
     machine = open_sealed(exchange.edge.sticky_keys, app.record.name, sealed, unix())
-    if machine is not None and machine in app.machines:
+    if machine is not None and app.has_machine(machine):
         exchange.cookie = machine
         exchange.want = Preference(prefer=machine)
 
@@ -71,10 +74,11 @@ def _strip(head: RequestHead, name: bytes) -> None:
     head.passed = passed
 
 
-def stick(exchange: Exchange, head: ResponseHead, sticky: StickyCookie, machine: MachineView) -> None:
+def stick(exchange: Exchange, head: ResponseHead, sticky: StickyCookie, machine: MachineId) -> None:
     """Have the client come back to the machine that answered."""
+    assert exchange.app is not None
     expires = int(unix() + sticky.ttl_s)
-    sealed = seal(exchange.edge.sticky_keys[0], machine.app, machine.record.id, expires)
+    sealed = seal(exchange.edge.sticky_keys[0], exchange.app.name, machine, expires)
     cookie = set_cookie(sticky.name.encode(), sealed, sticky.ttl_s, exchange.stream.is_tls)
     head.passed += (b"set-cookie", b": ", cookie, b"\r\n")
 

@@ -13,23 +13,62 @@ from proxy.decide.access import StartBudget, WakeFilter
 from proxy.decide.balance import spared
 from proxy.decide.ewma import PassiveHealth
 from proxy.decide.headers import ResponseRules
+from proxy.decide.region import RegionWish
 from proxy.decide.replay_key import SessionRules
 from proxy.edge.access import AccessGate, access_gate
-from proxy.model import App, AppName, Balance, Machine, MachineId, MachineState, Port, Service, WakeRules
+from proxy.model import (
+    App,
+    AppName,
+    Balance,
+    Machine,
+    MachineId,
+    MachineState,
+    NodeName,
+    Peer,
+    Port,
+    RegionCode,
+    RemoteLoad,
+    RemoteMachine,
+    Service,
+    WakeRules,
+)
 
 if TYPE_CHECKING:
     from proxy.edge.relay import Tunnel
     from proxy.edge.upstream import Pool
 
 
+class PeerView:
+    """Another node and this worker's dealings with it."""
+
+    __slots__ = ("passive", "pool", "record")
+
+    def __init__(self, record: Peer) -> None:
+        self.record = record
+        self.pool: Pool | None = None
+        self.passive: PassiveHealth | None = None  # what requests have met there, once one has failed
+
+    def failed(self, now: float) -> None:
+        """A request could not be delivered to this node."""
+        if self.passive is None:
+            self.passive = PassiveHealth()
+        self.passive.failed(now)
+
+    def close_pool(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+
+
 class MachineView:
-    """A machine and this worker's dealings with it."""
+    """A machine and this worker's dealings with it; with a `peer`, an app's machines at another node, as one."""
 
-    __slots__ = ("app", "passive", "pools", "record", "slot", "soft_cordoned", "tunnels")
+    __slots__ = ("app", "passive", "peer", "pools", "record", "slot", "soft_cordoned", "tunnels")
 
-    def __init__(self, app: AppName, record: Machine) -> None:
+    def __init__(self, app: AppName, record: Machine, peer: PeerView | None = None) -> None:
         self.app = app
         self.record = record
+        self.peer = peer
         self.slot = record.slot
         self.soft_cordoned = False
         self.pools: dict[int, Pool] = {}
@@ -44,6 +83,35 @@ class MachineView:
         for pool in self.pools.values():
             pool.close()
         self.pools.clear()
+
+
+class SiteView:
+    """What is known of an app's machines at another node."""
+
+    __slots__ = ("_loads", "_refused_until", "machines", "node", "target")
+
+    def __init__(self, app: AppName, peer: PeerView) -> None:
+        self.node = peer.record.name
+        self.machines: tuple[RemoteMachine, ...] = ()
+        self._loads: dict[int, RemoteLoad] = {}
+        self._refused_until: dict[int, float] = {}
+        # what an Exchange sends to: the other edge chooses the machine
+        stands_for = Machine(MachineId(peer.record.name), peer.record.region, "", MachineState.STARTED, 0, -1)
+        self.target = MachineView(app, stands_for, peer)
+
+    def set_load(self, load: RemoteLoad) -> None:
+        self._loads[load.internal_port] = load
+        self._refused_until.pop(load.internal_port, None)
+
+    def load(self, internal_port: int) -> RemoteLoad | None:
+        return self._loads.get(internal_port)
+
+    def refused(self, internal_port: int, until: float) -> None:
+        """All machines there are at their hard limit, says the node itself: till then, or till it says otherwise."""
+        self._refused_until[internal_port] = until
+
+    def is_full(self, internal_port: int, now: float) -> bool:
+        return self._refused_until.get(internal_port, 0.0) > now
 
 
 class ServiceView:
@@ -93,16 +161,18 @@ class AppView:
     """An app, ready for requests."""
 
     __slots__ = (
-        "avoided_until", "cells", "gate", "has_replayed", "machines", "name", "ports", "record", "services",
+        "avoided_until", "cells", "gate", "has_replayed", "machines", "name", "ports", "record", "services", "sites",
         "start_budget", "wake_filter",
     )  # fmt: skip
 
     def __init__(
         self, record: App, public_ports: Iterable[int], machines: dict[MachineId, MachineView], cells: int,
-        workers: int = 1, old: AppView | None = None,
+        workers: int = 1, old: AppView | None = None, sites: dict[NodeName, SiteView] | None = None,
     ) -> None:  # fmt: skip
-        """`old`: the app as it was before this record; what was counted of its sources goes on."""
+        """`old`: the app as it was before this record; what was counted of its sources goes on. `sites`: its machines
+        at other nodes, shared with who changes them."""
         self.record = record
+        self.sites: dict[NodeName, SiteView] = {} if sites is None else sites
         self.gate: AccessGate | None = access_gate(record.access, workers, old.gate if old is not None else None)
         rules = record.wake_rules
         self.wake_filter = WakeFilter(rules)
@@ -127,6 +197,37 @@ class AppView:
     def refresh(self) -> None:
         for service in self.services:
             service.refresh()
+
+    def port(self, public: int) -> PortView | None:
+        """What a public port means for this app, whether or not this node listens there: another edge may."""
+        view = self.ports.get(public)
+        if view is None:
+            for service in self.services:
+                for port in service.record.ports:
+                    if view is None and port.start <= public <= port.end:
+                        view = self.ports[public] = PortView(port, service, self.record)
+        return view
+
+    def site(self, node: str) -> SiteView | None:
+        """Its machines at another node, by that one's name."""
+        return self.sites.get(NodeName(node))
+
+    def is_in(self, wish: RegionWish, own: RegionCode) -> bool:
+        """Whether it may have machines in a region that is asked for; this node's is always one."""
+        return wish.rank(own) is not None or any(
+            wish.rank(site.target.record.region) is not None for site in self.sites.values()
+        )
+
+    def has_machine(self, machine: MachineId) -> bool:
+        """Whether this is one of its machines, wherever."""
+        return machine in self.machines or self.site_of(machine) is not None
+
+    def site_of(self, machine: MachineId) -> SiteView | None:
+        """Where a machine is that is not this node's."""
+        for site in self.sites.values():
+            if any(one.id == machine for one in site.machines):
+                return site
+        return None
 
     def failed(self, machine: MachineView, now: float) -> None:
         """A request could not be delivered to this machine, or got no answer from it."""
@@ -165,6 +266,8 @@ class Table:
         self._app_cells = app_cells
         self.apps: dict[AppName, AppView] = {}
         self.hosts: dict[str, AppView] = {}
+        self.peers: dict[NodeName, PeerView] = {}
+        self._sites: dict[AppName, dict[NodeName, SiteView]] = {}
         self.on_moved: Callable[[int], None] = lambda slot: None  # what was measured of this slot's machine is over
         self.on_machine: Callable[[AppName, Machine], None] | None = None
         self.on_machine_gone: Callable[[MachineId], None] | None = None
@@ -209,7 +312,8 @@ class Table:
                     changed.append(machine)
                     self._update(view, machine)
             machines[machine.id] = view
-        app = AppView(record, self._public_ports, machines, self._app_cells(record.slot), self._workers, old)
+        sites = self._sites.setdefault(record.name, {})
+        app = AppView(record, self._public_ports, machines, self._app_cells(record.slot), self._workers, old, sites)
         self.apps[record.name] = app
         self._port_kinds.clear()
         for host in record.hostnames:
@@ -240,6 +344,8 @@ class Table:
         for host in app.record.hostnames:
             if self.hosts.get(host) is app:
                 del self.hosts[host]
+        if not app.sites:
+            self._sites.pop(name, None)
         for view in app.machines.values():
             self._forget(view)
 
@@ -281,6 +387,45 @@ class Table:
             view.close_pools()
             view.passive = None
             self.on_moved(machine.slot)
+
+    def set_peer(self, record: Peer) -> None:
+        view = self.peers.get(record.name)
+        if view is None:
+            self.peers[record.name] = PeerView(record)
+            return
+        if (view.record.host, view.record.port) != (record.host, record.port):
+            view.close_pool()
+        view.record = record
+
+    def remove_peer(self, name: NodeName) -> None:
+        view = self.peers.pop(name, None)
+        if view is None:
+            return
+        view.close_pool()
+        for sites in self._sites.values():
+            sites.pop(name, None)
+
+    def set_site(self, app: AppName, node: NodeName, machines: tuple[RemoteMachine, ...]) -> None:
+        """The machines of an app at another node, all of them. What comes before the node or the app is kept for it."""
+        sites = self._sites.setdefault(app, {})
+        if not machines:
+            sites.pop(node, None)
+            if not sites and app not in self.apps:
+                del self._sites[app]
+            return
+        peer = self.peers.get(node)
+        if peer is None:
+            return
+        site = sites.get(node)
+        if site is None:
+            site = sites[node] = SiteView(app, peer)
+        site.machines = machines
+
+    def set_loads(self, node: NodeName, loads: tuple[RemoteLoad, ...]) -> None:
+        for load in loads:
+            site = self._sites.get(load.app, {}).get(node)
+            if site is not None:
+                site.set_load(load)
 
     def soft_cordon(self, name: AppName, machine_id: MachineId, on: bool) -> None:
         """Stop (or go on) choosing a machine, ahead of its next record."""

@@ -101,29 +101,30 @@ class TlsEvents(Protocol):
         """A connection has ended whose handshake was never over."""
 
 
-OnHello = Callable[[ClientHello, Any], bool | None]
+OnHello = Callable[[ClientHello, Any], ssl.SSLContext | None]
 ACME_TLS: Final = (b"acme-tls/1",)  # the whole ALPN list of a CA that looks for a challenge (RFC 8737 §3)
+
+
+class TlsEnds:
+    """What an open connection needs of whoever made it, at either end."""
+
+    __slots__ = ("events", "shutdown_timeout_s", "timers")
+
+    def __init__(self, timers: Timers, events: TlsEvents, shutdown_timeout_s: float) -> None:
+        self.timers = timers
+        self.events = events
+        self.shutdown_timeout_s = shutdown_timeout_s
 
 
 class TlsAcceptor:
     """What all connections of a listener share; calling it makes the protocol for one more.
 
     `on_hello(hello, peername)` is called as soon as the hello is read, before any other work; it refuses by raising
-    ProxyError or HelloError, and has nothing above TLS 1.2 negotiated by returning True.
+    ProxyError or HelloError, and may return a context that the connection is made from in the place of `base`.
     `inner_factory(transport, hello)` is called when the handshake is done.
     """
 
-    __slots__ = (
-        "_old_base",
-        "base",
-        "events",
-        "handshake_timeout_s",
-        "inner_factory",
-        "on_hello",
-        "shutdown_timeout_s",
-        "source",
-        "timers",
-    )
+    __slots__ = ("_old_base", "base", "ends", "handshake_timeout_s", "inner_factory", "on_hello", "source")
 
     def __init__(
         self,
@@ -137,15 +138,13 @@ class TlsAcceptor:
         handshake_timeout_s: float = 10.0,
         shutdown_timeout_s: float = 2.0,
     ) -> None:
+        self.ends = TlsEnds(timers, events, shutdown_timeout_s)
         self.base = base
         self._old_base: ssl.SSLContext | None = None
         self.source = source
         self.inner_factory = inner_factory
         self.on_hello = on_hello
-        self.timers = timers
-        self.events = events
         self.handshake_timeout_s = handshake_timeout_s
-        self.shutdown_timeout_s = shutdown_timeout_s
 
     def __call__(self) -> TlsConnection:
         return TlsConnection(self)
@@ -169,10 +168,10 @@ class TlsConnection(asyncio.Protocol):
 
     __slots__ = (
         "_acceptor",
+        "_base",
         "_hello",
         "_hello_at",
         "_incoming",
-        "_is_old",
         "_object",
         "_outer",
         "_outgoing",
@@ -195,17 +194,17 @@ class TlsConnection(asyncio.Protocol):
         self._state = _State.HELLO
         self._reader: HelloReader | None = HelloReader()
         self._hello: ClientHello | None = None
-        self._is_old = False  # nothing above TLS 1.2
+        self._base = acceptor.base
         self._hello_at = 0.0
         self._received = bytearray()  # what came while the certificate was waited for
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._outer = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
         self._peer = transport.get_extra_info("peername")
-        if not self._acceptor.events.on_connected(self._peer):
+        if not self._acceptor.ends.events.on_connected(self._peer):
             self._state = _State.REFUSED
             self._outer.abort()
-        self._timer = self._acceptor.timers.call_later(self._acceptor.handshake_timeout_s, self._on_timeout)
+        self._timer = self._acceptor.ends.timers.call_later(self._acceptor.handshake_timeout_s, self._on_timeout)
 
     def data_received(self, data: bytes) -> None:
         match self._state:
@@ -236,7 +235,9 @@ class TlsConnection(asyncio.Protocol):
         self._hello = hello
         self._hello_at = clock.monotonic()
         try:
-            self._is_old = bool(self._acceptor.on_hello(hello, self._peer))
+            base = self._acceptor.on_hello(hello, self._peer)
+            if base is not None:
+                self._base = base
             if hello.alpn == ACME_TLS:
                 self._start_handshake(self._acceptor.source.challenge(hello.server_name))
                 return
@@ -271,8 +272,7 @@ class TlsConnection(asyncio.Protocol):
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         # Made from the base context, whose ticket keys every worker has, and only then lent the leaf's certificate.
-        base = self._acceptor.old_base() if self._is_old else self._acceptor.base
-        self._object = base.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._object = self._base.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._object.context = leaf
         self._state = _State.HANDSHAKE
         self._handshake(first)
@@ -303,8 +303,8 @@ class TlsConnection(asyncio.Protocol):
         hello, acceptor, tls = self._hello, self._acceptor, self._object
         assert hello is not None
         seconds = clock.monotonic() - self._hello_at
-        acceptor.events.on_handshake(tls.version() or "", bool(tls.session_reused), seconds)
-        transport = TlsTransport(acceptor, self._outer, tls, self._incoming, self._outgoing, hello)
+        acceptor.ends.events.on_handshake(tls.version() or "", bool(tls.session_reused), seconds)
+        transport = TlsTransport(acceptor.ends, self._outer, tls, self._incoming, self._outgoing, hello.server_name)
         inner = acceptor.inner_factory(transport, hello)
         self._outer.set_protocol(transport)
         transport.start(inner, bytes(rest))
@@ -312,7 +312,9 @@ class TlsConnection(asyncio.Protocol):
     def _end_challenge(self) -> None:
         """The CA has seen what it came for: nothing is exchanged over the connection (RFC 8737 §3)."""
         seconds = clock.monotonic() - self._hello_at
-        self._acceptor.events.on_handshake(self._object.version() or "", bool(self._object.session_reused), seconds)
+        self._acceptor.ends.events.on_handshake(
+            self._object.version() or "", bool(self._object.session_reused), seconds
+        )
         with contextlib.suppress(ssl.SSLError):
             self._object.unwrap()  # leaves close_notify in the BIO, and wants the peer's
         self._part(self._outgoing.read())
@@ -339,7 +341,7 @@ class TlsConnection(asyncio.Protocol):
         self._timer.cancel()
         self._received = bytearray()
         self._reader = None
-        self._timer = self._acceptor.timers.call_later(self._acceptor.shutdown_timeout_s, self._on_timeout)
+        self._timer = self._acceptor.ends.timers.call_later(self._acceptor.ends.shutdown_timeout_s, self._on_timeout)
         if last_words:
             self._outer.write(last_words)
         if not self._outer.is_closing():
@@ -347,7 +349,7 @@ class TlsConnection(asyncio.Protocol):
 
     def _count(self, code: Code, detail: str) -> None:
         name = self._hello.server_name if self._hello is not None else None
-        self._acceptor.events.on_error(code, name, detail, self._peer)
+        self._acceptor.ends.events.on_error(code, name, detail, self._peer)
 
     def _leave_source(self) -> None:
         if self._state is _State.CERTIFICATE and self._hello is not None:
@@ -359,7 +361,7 @@ class TlsConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         # called only while the handshake is not over: afterwards the outer transport's protocol is another
         self._timer.cancel()
-        self._acceptor.events.on_unfinished(self._peer)
+        self._acceptor.ends.events.on_unfinished(self._peer)
         self._lost(Code.TLS_IO, str(exc) if exc is not None else "closed")
 
     def _lost(self, code: Code, detail: str) -> None:
@@ -394,16 +396,15 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
     """
 
     __slots__ = (
-        "_acceptor",
         "_closing",
         "_corked",
         "_decrypt",
         "_deliver",
         "_encrypt",
+        "_ends",
         "_error",
         "_has_written",
         "_held",
-        "_hello",
         "_incoming",
         "_inner",
         "_inner_paused",
@@ -417,6 +418,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         "_reading_paused",
         "_resume_scheduled",
         "_said_goodbye",
+        "_server_name",
         "_stalled_s",
         "_timer",
         "_unsent",
@@ -429,14 +431,14 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def __init__(
         self,
-        acceptor: TlsAcceptor,
+        ends: TlsEnds,
         outer: asyncio.Transport,
         tls: ssl.SSLObject,
         incoming: ssl.MemoryBIO,
         outgoing: ssl.MemoryBIO,
-        hello: ClientHello,
+        server_name: str | None,
     ) -> None:
-        self._acceptor = acceptor
+        self._ends = ends
         self._outer = outer
         self._outer_write = outer.write
         self._object = tls
@@ -444,7 +446,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._encrypt = tls.write
         self._incoming = incoming
         self._outgoing = outgoing
-        self._hello = hello
+        self._server_name = server_name
         self._held: memoryview | None = None  # ciphertext of the last read that was not decrypted because of a pause
         self._unsent = b""  # plaintext that OpenSSL cannot take in the middle of a key update
         self._error: Exception | None = None
@@ -573,7 +575,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._error = error
         self._said_goodbye = True
         peer = self._outer.get_extra_info("peername")
-        self._acceptor.events.on_error(Code.TLS_IO, self._hello.server_name, error.reason or str(error), peer)
+        self._ends.events.on_error(Code.TLS_IO, self._server_name, error.reason or str(error), peer)
         self._begin_close()
 
     def eof_received(self) -> bool:
@@ -769,12 +771,12 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def _watch_closing(self) -> None:
         self._left_at_tick = self._outer.get_write_buffer_size()
-        self._timer = self._acceptor.timers.call_later(self._acceptor.shutdown_timeout_s, self._on_shutdown_tick)
+        self._timer = self._ends.timers.call_later(self._ends.shutdown_timeout_s, self._on_shutdown_tick)
 
     def _on_shutdown_tick(self) -> None:
         """The peer did not end. It gets more time only as long as it still takes what we had written before."""
         left = self._outer.get_write_buffer_size()
-        tick = self._acceptor.shutdown_timeout_s
+        tick = self._ends.shutdown_timeout_s
         self._stalled_s = self._stalled_s + tick if left == self._left_at_tick else 0.0
         if self._left_at_tick == 0 or self._stalled_s >= _STALL_TIMEOUT_S:
             self._outer.abort()
@@ -794,7 +796,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             case "ssl_object":
                 return self._object
             case "server_name":
-                return self._hello.server_name
+                return self._server_name
             case _:
                 return self._outer.get_extra_info(name, default)
 

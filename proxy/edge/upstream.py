@@ -1,8 +1,8 @@
-"""Connections to machines: made, kept, and taken again only after a cleanly finished exchange.
+"""Connections to machines and to other edges: made, kept, and taken again only after a cleanly finished exchange.
 
-A `Pool` serves one machine and internal port. Services of type `requests` keep connections for about 4 s of idleness
-(spec routing §5.2), below the 5 s at which common app servers close theirs; services of type `connections` get a new
-one for each request.
+A `Pool` serves one machine and internal port, or one peer. Services of type `requests` keep connections for about 4 s
+of idleness (spec routing §5.2), below the 5 s at which common app servers close theirs; services of type `connections`
+get a new one for each request. Those to peers are kept for long: each costs a handshake across the world.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from proxy import namespace
 from proxy.clock import monotonic_ns, spawn
-from proxy.decide.headers import RESPONSE_RULES
+from proxy.decide.headers import PEER_RESPONSE_RULES, RESPONSE_RULES
 from proxy.descriptors import adopt
 from proxy.edge import table
 from proxy.edge.flow import ReadGate
+from proxy.edge.peer_tls import PeerTls
 from proxy.edge.timers import NEVER, Call
 from proxy.errors import Code, ProxyError, Retry, Source
 from proxy.model import AppName, Endpoint, MachineId
-from proxy.wire.http1 import Headers, Limits, ResponseHead, ResponseReader
+from proxy.state import W_PEER_CONNECTS
+from proxy.wire.http1 import FieldRules, Headers, Limits, ResponseHead, ResponseReader
 
 if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
 
 IDLE_S = 4.0
+PEER_IDLE_S: Final = 100.0  # the other edge waits longer (backhaul.py)
 CLOSE_S: Final = 2.0
 MAX_IDLE: Final = 256
 READ_HIGH: Final = 256 * 1024  # written to a machine and not yet taken by the kernel: the client is paused
@@ -101,7 +104,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.answered = False  # some byte of the answer under way has arrived
         self.deadline = NEVER
         self.wheel_tick = 0
-        self._reader = ResponseReader(_NOBODY, _LIMITS, RESPONSE_RULES)
+        self._reader = ResponseReader(_NOBODY, _LIMITS, pool.rules)
 
     # --- for the exchange
 
@@ -150,7 +153,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._reader.sink = _NOBODY
         self.reused = True
         if clean and not self.gate.pauses and self.pool.keep(self):
-            self._wheel.arm(self, IDLE_S)
+            self._wheel.arm(self, self.pool.idle_s)
             return
         self._wheel.arm(self, CLOSE_S)  # what it has not taken by then is given up
         self.transport.close()
@@ -249,11 +252,11 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class Pool:
-    """Kept connections to one endpoint of one machine."""
+    """Kept connections to one endpoint of one machine, or to one peer."""
 
     __slots__ = (
         "_app_base", "_closed", "_given", "_idle", "_keeps", "_warm", "_warming", "connect_timeout_s", "edge",
-        "endpoint", "netns_pid",
+        "endpoint", "idle_s", "netns_pid", "rules", "tls",
     )  # fmt: skip
 
     def __init__(
@@ -264,7 +267,12 @@ class Pool:
         keeps: bool,
         connect_timeout_s: float,
         app_base: int,
+        tls: PeerTls | None = None,
     ) -> None:
+        """`app_base`: the app's counters, -1 for a peer's pool, which has `tls`."""
+        self.tls = tls
+        self.idle_s = IDLE_S if tls is None else PEER_IDLE_S
+        self.rules: FieldRules = RESPONSE_RULES if tls is None else PEER_RESPONSE_RULES
         self.edge = edge
         self.endpoint = endpoint
         self.netns_pid = netns_pid
@@ -349,10 +357,14 @@ class Pool:
             self._idle.pop().transport.close()
 
     def count_connect(self, us: int) -> None:
-        self.edge.count_app(self._app_base, upstream_connects=1, upstream_connect_us=us)
+        if self._app_base >= 0:
+            self.edge.count_app(self._app_base, upstream_connects=1, upstream_connect_us=us)
+        else:
+            self.edge.count(W_PEER_CONNECTS)
 
     def count_disconnect(self) -> None:
-        self.edge.count_app(self._app_base, upstream_disconnects=1)
+        if self._app_base >= 0:
+            self.edge.count_app(self._app_base, upstream_disconnects=1)
 
     def connect(self, user: Connecting) -> asyncio.Task[None]:
         """Make a connection for `user`, who is told how it ended unless the task is cancelled."""
@@ -467,7 +479,16 @@ class _Connect:
         except BaseException:
             sock.close()
             raise
-        await adopt(loop, self._connection, sock)
+        if pool.tls is None:
+            await adopt(loop, self._connection, sock)
+            return
+        dialer = pool.tls.dialer(self._connection())
+        await adopt(loop, lambda: dialer, sock)
+        try:
+            await dialer.done
+        except BaseException:
+            dialer.abort()
+            raise
 
     def _connection(self) -> UpstreamConnection:
         return UpstreamConnection(self._pool, self._made)

@@ -605,6 +605,8 @@ class RequestReader:
             if self._parser.get_http_version() == "1.1":  # RFC 9110 §10.1.1: ignored in HTTP/1.0
                 self._expects = True
                 self._add((name, b": ", value, b"\r\n"))
+        elif kind == _TAKEN:
+            self._note(name.lower(), value)
         else:
             raise _bad("a field name that may not pass")
 

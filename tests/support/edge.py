@@ -141,15 +141,16 @@ class SentMessages:
 class EdgeHarness:
     """One worker's edge with plain listeners."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, node: str = "n1", region: str = "ams", **settings: Any) -> None:
         loop = asyncio.get_running_loop()
+        self.node, self.region = node, region
         self._spool = tempfile.TemporaryDirectory(prefix="wakefront-spool-")
         self._fd, self.memory = SharedMemory.create(1)
         self.sent = SentMessages()
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.edge = EdgeContext(
-            loop, self.memory, 0, Settings(PROTOCOL, "n1", "ams", "apps.test", **settings), {80: self.port}, self.sent,
+            loop, self.memory, 0, Settings(PROTOCOL, node, region, "apps.test", **settings), {80: self.port}, self.sent,
             Path(self._spool.name), lambda worker: None,
         )  # fmt: skip
         self.gate = Gate(1000)
@@ -183,7 +184,7 @@ class EdgeHarness:
         **more: Any,
     ) -> Machine:
         return Machine(
-            MachineId(machine_id), RegionCode("ams"), "app", state, version, slot,
+            MachineId(machine_id), RegionCode(self.region), "app", state, version, slot,
             (Endpoint(8080, "127.0.0.1", port),) if port else (), **more,
         )  # fmt: skip
 

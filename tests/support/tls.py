@@ -147,12 +147,11 @@ async def serve(
         connections[:] = [one for one in connections if one._outer is not transport._outer]
         return made
 
-    def hear(hello: ClientHello, peer: Any) -> bool | None:
+    def hear(hello: ClientHello, peer: Any) -> ssl.SSLContext | None:
         server.hellos.append(hello)
         server.hello_came.set()
-        if on_hello is not None:
-            return on_hello(hello, peer)
-        return None
+        is_old = on_hello is not None and on_hello(hello, peer)
+        return acceptor.old_base() if is_old else None
 
     certificates = Certificates(reader, lambda name: server.asked.append(name), time.monotonic)
     acceptor = TlsAcceptor(new_base_context(), certificates, make_inner, hear, loop, events, **settings)
