@@ -154,6 +154,10 @@ class EndTunnels(Message, frozen=True):
     machine: MachineId
 
 
+class IdentityReady(Message, frozen=True):
+    """What this node shows to others of its fleet is in its storage, or has been renewed."""
+
+
 class PeerSet(Message, frozen=True):
     """Another node, new or changed."""
 
@@ -207,7 +211,7 @@ class Handed(msgspec.Struct, frozen=True, array_like=True):
 ToControl = WorkerHello | Wake | NeedCertificate | CordonAck | PassiveFailure
 ToWorker = (
     Settings | TableStart | TableEnd | AppSet | AppGone | MachineSet | WakeDone | CordonAsk | CordonLift
-    | EndTunnels | CertificateReady | PeerSet | PeerGone | RegionsSet | SiteSet | LoadsSet
+    | EndTunnels | CertificateReady | IdentityReady | PeerSet | PeerGone | RegionsSet | SiteSet | LoadsSet
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
@@ -243,13 +247,14 @@ def write(transport: asyncio.WriteTransport, frame: bytes) -> None:
 class FrameReader:
     """Cuts a byte stream into frame bodies; feeding byte by byte or at once gives the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield each body completed by `data`.
 
-        Raises ValueError if a frame claims more than MAX_FRAME_BYTES.
+        Raises ValueError if a frame claims more than may be.
         """
         buffer = self._buffer
         buffer += data
@@ -257,8 +262,8 @@ class FrameReader:
         try:
             while len(buffer) - at >= 4:
                 (length,) = _LENGTH.unpack_from(buffer, at)
-                if length > MAX_FRAME_BYTES:
-                    raise ValueError(f"a frame of {length} bytes is over the {MAX_FRAME_BYTES} allowed")
+                if length > self._max_bytes:
+                    raise ValueError(f"a frame of {length} bytes is over the {self._max_bytes} allowed")
                 if len(buffer) - at - 4 < length:
                     break
                 body = bytes(buffer[at + 4 : at + 4 + length])

@@ -43,6 +43,7 @@ from proxy.control.link import Hub, Link
 from proxy.control.machines import Fleet, Owned, WakeResult
 from proxy.control.membership import Membership, advertised
 from proxy.control.membership_api import MembershipApi
+from proxy.control.peers import Peers
 from proxy.control.plan import NodePlan, keep_plan, kept_plan, plan_of
 from proxy.control.prober import plain_socket
 from proxy.control.store import Store
@@ -169,6 +170,7 @@ class Server:
         self._fleet_fault = ""
         self._is_in_fleet = False
         self.membership: Membership | None = None  # set once it is open: this node is one of a fleet
+        self.peers: Peers | None = None  # of a fleet, from its first moment on
         self.is_ready = False
         self.ended = asyncio.Event()
         self.store = Store(os.path.join(ctx.plan.data_dir, "wakefront.db"))
@@ -187,11 +189,12 @@ class Server:
         self.apps = Apps(self.store, self.fleet, self.hub, memory, self._clock, clock.new_random(), snapshot)
         self.domains = Domains(ctx.plan.data_dir, ctx.plan.run_dir, self._clock, clock.new_random())
         self.apps.added_to = self.domains.added_to
+        self.domains.is_elsewhere = self.apps.is_elsewhere
         self.metrics = Metrics(memory, self)
         self.api = Api(self, self.apps, self.fleet, self.store, self.metrics, self._clock, ctx.plan.data_dir)
         self.api.checks_of = self.checks.checks_of
         self.api.certificates = CertificatesApi(self.domains, custom_domain, lambda app: self.apps.get(app) is not None)
-        self.api.membership = MembershipApi(self._membership_or_why, self._clock.unix)
+        self.api.membership = MembershipApi(self._membership_or_why, self._peers_or_why, self._clock.unix)
         self.idle = IdleWatch(
             self.fleet, memory, self._clock, self.apps.pools, plan.region, self._autostop_interval_s, _make_socket
         )
@@ -209,6 +212,8 @@ class Server:
     async def start(self) -> None:
         await self._load_domains()
         await self.apps.load(self._plan, self._ctx.incarnation == 1)
+        if self._plan.backhaul is not None:
+            await self._recall_peers()
         await self.hub.start(self.apps, self)
         self._spawn(self._keep_store(), "store")
         self._spawn(self.apps.keep_snapshot(), "table snapshot")
@@ -319,6 +324,8 @@ class Server:
             self._begin_membership()
             if self.membership is not None and self._plan.backhaul != old.backhaul:
                 await self._move()
+            if self.peers is not None and self.membership is not None:
+                self.peers.apply(self._plan)
             try:
                 await self.domains.apply(self._plan)
             except (CertificateError, OSError) as failure:
@@ -482,7 +489,27 @@ class Server:
                     log.error("this node does not meet the others of its fleet: %s", error)
                 await asyncio.sleep(_RETRY_S)
         self._fleet_fault = ""
+        self.membership.on_identity = lambda identity: self.hub.tell_all(ipc.IdentityReady())
+        self._spawn(self._keep_peers(self.membership), "peers")
         await self.membership.keep()
+
+    async def _recall_peers(self) -> None:
+        self.peers = Peers(
+            self._plan, self.apps, self.hub, self._memory, self._clock, clock.new_random(), self._ctx.plan.run_dir
+        )
+        await self.peers.recall()
+
+    async def _keep_peers(self, membership: Membership) -> None:
+        """Whatever goes wrong with what others say, this node goes on to listen to them."""
+        if self.peers is None:
+            await self._recall_peers()
+        assert self.peers is not None
+        while True:
+            try:
+                await self.peers.run(membership)
+            except Exception:
+                log.exception("the word from other nodes broke off")
+            await asyncio.sleep(_RETRY_S)
 
     async def _new_membership(self) -> Membership:
         def storage() -> SealedFolder:
@@ -500,6 +527,12 @@ class Server:
         if self._plan.backhaul is None:
             return 'this node is by itself: add backhaul = "IP:PORT" to [listen] in its config.toml'
         return self._fleet_fault or "this node is not ready yet to meet others: try again in a moment"
+
+    def _peers_or_why(self) -> Peers | str:
+        membership = self._membership_or_why()
+        if isinstance(membership, str):
+            return membership
+        return self.peers or "this node is not ready yet to meet others: try again in a moment"
 
     async def _open_api(self) -> None:
         """The admin address may still be held by a control that is ending."""

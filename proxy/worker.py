@@ -23,13 +23,19 @@ from pathlib import Path
 
 import uvloop
 
-from certs import PackReader, load_or_make_secret
-from proxy.clock import monotonic, monotonic_ns, spawn
+from certs import CertificateError, PackReader, Seal, SealedFolder, load_or_make_secret
+from certs.cluster import NodeIdentity
+from certs.errors import PeerRefusedError
+from certs.node_tls import client_context, judge_peer, server_context
+from proxy.clock import monotonic, monotonic_ns, spawn, unix
 from proxy.descriptors import adopt
+from proxy.edge.backhaul import BackhaulIdentity, BackhaulListener
 from proxy.edge.certificates import Certificates
 from proxy.edge.context import EdgeContext
 from proxy.edge.listener import Gate, Listener
+from proxy.edge.peer_tls import ALPN, ALPN_CONTROL, ALPN_JOIN, PeerEvents, PeerTls
 from proxy.edge.pressure import PressureGauge
+from proxy.edge.tls import TlsEnds
 from proxy.edge.turnstile import Turnstile
 from proxy.edge.upstream import offered
 from proxy.errors import ProxyError
@@ -44,10 +50,16 @@ from proxy.ipc import (
     EndTunnels,
     FrameReader,
     Handed,
+    IdentityReady,
+    LoadsSet,
     MachineSet,
     Message,
     NeedCertificate,
+    PeerGone,
+    PeerSet,
+    RegionsSet,
     Settings,
+    SiteSet,
     TableEnd,
     TableStart,
     ToWorker,
@@ -125,9 +137,12 @@ class Worker:
         self.edge.http_challenge = self._certificates.http_challenge
         self._turnstile = Turnstile(loop, self._certificates)
         self._pressure = PressureGauge(self.edge, self._gate, ctx.plan.workers, self._let_idle_go)
-        self._listeners: list[Listener] = []
-        self._covered: dict[int, list[Listener]] = {}  # spare slots that we accept for, their worker can't start
-        self._retired: list[Listener] = []
+        self._storage = SealedFolder(data_dir / "certs", Seal(secret))
+        self._identity: BackhaulIdentity | None = None
+        self._listeners: list[Listener | BackhaulListener] = []
+        # spare slots that we accept for: their worker can't start
+        self._covered: dict[int, list[Listener | BackhaulListener]] = {}
+        self._retired: list[Listener | BackhaulListener] = []
         self._stop = asyncio.Event()
         self._let_go_at: float | None = None  # monotonic seconds, once this worker drains
         self._hurried = asyncio.Event()  # that time has come nearer
@@ -149,6 +164,8 @@ class Worker:
         self._link.start()
         self._pressure.start()
         await self._loaded.wait()
+        if any(one.public_port == BACKHAUL for one in self._ctx.listeners):
+            self._identify()
         await self._listen()
         gc.collect()
         gc.freeze()
@@ -159,14 +176,39 @@ class Worker:
 
     async def _listen(self) -> None:
         for one in self._ctx.listeners:
-            if one.public_port == BACKHAUL:
-                continue  # nothing here speaks with other nodes yet: what they send waits in the kernel's queue
             self._listeners.append(await self._listener(one.public_port, one.socket))
 
-    async def _listener(self, public_port: int, sock: socket.socket) -> Listener:
+    async def _listener(self, public_port: int, sock: socket.socket) -> Listener | BackhaulListener:
+        listener: Listener | BackhaulListener
+        if public_port == BACKHAUL:
+            listener = BackhaulListener(self.edge, sock, self._ctx.plan.run_dir)
+            if self._identity is not None:
+                await listener.set_identity(self._identity)
+            return listener  # without one it accepts nobody yet: who comes waits in the kernel's queue
         listener = Listener(self.edge, self._gate, public_port, sock, self._ctx.tls_context, self._turnstile)
         await listener.start()
         return listener
+
+    def _identify(self) -> None:
+        """Take what this node shows to others of its fleet, if it belongs to one, for both directions."""
+        try:
+            found = NodeIdentity.load(self._storage)
+            if found is None:
+                return
+            served = [ALPN, ALPN_CONTROL, ALPN_JOIN]
+            self._identity = BackhaulIdentity(
+                server_context(found, served), server_context(found, served, mutual=False),
+                lambda der: _judge(der, found),
+            )  # fmt: skip
+            context, ends = client_context(found, [ALPN]), TlsEnds(self.edge.wheel, PeerEvents(), 1.0)
+        except (CertificateError, OSError) as error:
+            log.error("what this node shows to others cannot be read: %s", error)
+            return
+        self.edge.peer_tls = lambda node: PeerTls(ends, context, node)
+        self.edge.table.forget_pools()
+        for listener in self._listeners + [one for covered in self._covered.values() for one in covered]:
+            if isinstance(listener, BackhaulListener):
+                spawn(listener.set_identity(self._identity), "backhaul")
 
     async def _cover(self, slot: int, public_ports: list[int], sockets: list[socket.socket]) -> None:
         """Accept for a slot whose worker can't start: its queue would otherwise keep its share of clients waiting."""
@@ -174,10 +216,7 @@ class Worker:
         self._uncover(slot)  # a supervisor that has become another program does not know that it has asked already
         self._covered[slot] = []
         for port, sock in zip(public_ports, sockets, strict=True):
-            if port == BACKHAUL:
-                sock.close()
-            else:
-                self._covered[slot].append(await self._listener(port, sock))
+            self._covered[slot].append(await self._listener(port, sock))
 
     def _uncover(self, slot: int) -> None:
         for listener in self._covered.pop(slot, []):
@@ -353,6 +392,15 @@ class Worker:
         self.edge.table.soft_cordon(message.app, message.machine, True)
         self._link.send(CordonAck(message.machine, message.sequence))
 
+    def _on_peer(self, message: PeerSet) -> None:
+        if message.peer.name == self.edge.settings.node:
+            self.edge.is_drained = not message.peer.is_up
+        else:
+            self.edge.table.set_peer(message.peer)
+
+    def _on_regions(self, message: RegionsSet) -> None:
+        self.edge.region_ranks = {region: rank for rank, region in enumerate(message.order)}
+
     def _on_certificate(self, message: CertificateReady) -> None:
         self._certificates.ready(message.name, message.error)
 
@@ -387,10 +435,23 @@ class Worker:
         CordonLift: lambda self, message: self.edge.table.soft_cordon(message.app, message.machine, False),
         EndTunnels: lambda self, message: self.edge.table.end_tunnels(message.app, message.machine),
         CertificateReady: _on_certificate,
+        IdentityReady: lambda self, message: self._identify(),
+        PeerSet: _on_peer,
+        PeerGone: lambda self, message: self.edge.table.remove_peer(message.name),
+        RegionsSet: _on_regions,
+        SiteSet: lambda self, message: self.edge.table.set_site(message.app, message.node, message.machines),
+        LoadsSet: lambda self, message: self.edge.table.set_loads(message.node, message.loads),
     }
 
     def hello(self) -> WorkerHello:
         return WorkerHello(PROTOCOL, self._ctx.slot, os.getpid(), self._mailbox.path)
+
+
+def _judge(der: bytes, identity: NodeIdentity) -> str:
+    try:
+        return judge_peer(der, identity.root, unix())
+    except PeerRefusedError as error:
+        raise ValueError(str(error)) from error
 
 
 class Mailbox:

@@ -68,7 +68,7 @@ IMPURE = {
 
 USES_CERTS = {
     "proxy.server", "proxy.worker", "proxy.control.domains", "proxy.control.domain_json", "proxy.control.presenter",
-    "proxy.control.joining", "proxy.control.membership",
+    "proxy.control.joining", "proxy.control.membership", "proxy.control.peers",
 }  # fmt: skip
 
 

@@ -65,6 +65,45 @@ def revoke(api: Api, id: str, as_json: bool) -> None:
         say(f"Invite {id} was taken back.")
 
 
+def nodes(api: Api, as_json: bool) -> None:
+    found: list[dict[str, Any]] = _ask(api, lambda: api.get("/v1/nodes"))["nodes"]
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (one["name"] + (" (this one)" if one["is_self"] else ""), one["region"], one["state"],
+         "" if one["is_self"] else f"{one['rtt_ms']:.1f} ms" if one["rtt_ms"] else "?", str(one["apps"]),
+         str(one["machines"]), one["fault"])
+        for one in found
+    ]  # fmt: skip
+    table(("node", "region", "state", "away", "apps", "machines", "fault"), rows)
+
+
+def regions(api: Api, as_json: bool) -> None:
+    found: list[dict[str, Any]] = _ask(api, lambda: api.get("/v1/regions"))["regions"]
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (str(one["rank"]), one["name"],
+         f"{one['rtt_ms']:.1f} ms" if one["is_measured"] else "not measured", f"{one['nodes_up']} of {one['nodes']}")
+        for one in found
+    ]  # fmt: skip
+    table(("", "region", "away", "nodes up"), rows)
+
+
+def drain(api: Api, on: bool, as_json: bool) -> None:
+    answer = _ask(api, lambda: api.post("/v1/node/drain" if on else "/v1/node/undrain", {}))
+    if as_json:
+        print_json(answer)
+    elif on:
+        say(
+            "No new request comes to this node's machines while others can take it. `wakefront node undrain` ends that."
+        )
+    else:
+        say("This node takes its share again.")
+
+
 def _ask(api: Api, question: Any) -> Any:  # Any: JSON, and what asks for it
     try:
         return question()

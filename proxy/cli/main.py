@@ -621,6 +621,42 @@ def node_invite(
     invite(ask.node, valid, address, replace, ask.json)
 
 
+@app.command("nodes")
+@asking
+def nodes_command(ask: Ask) -> None:
+    """The nodes of the fleet, as this one sees them."""
+    from proxy.cli.fleet import nodes
+
+    nodes(ask.node, ask.json)
+
+
+@app.command("regions")
+@asking
+def regions_command(ask: Ask) -> None:
+    """Regions by distance from this node, as measured."""
+    from proxy.cli.fleet import regions
+
+    regions(ask.node, ask.json)
+
+
+@node_app.command("drain")
+@asking
+def node_drain(ask: Ask) -> None:
+    """Have new requests go to other nodes' machines; what is under way ends here."""
+    from proxy.cli.fleet import drain
+
+    drain(ask.node, True, ask.json)
+
+
+@node_app.command("undrain")
+@asking
+def node_undrain(ask: Ask) -> None:
+    """Take requests again."""
+    from proxy.cli.fleet import drain
+
+    drain(ask.node, False, ask.json)
+
+
 @node_app.command("invites")
 @asking
 def node_invites(ask: Ask) -> None:

@@ -12,6 +12,7 @@ one, through the stop handshake while they are idle, and without it when they ar
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import random
@@ -100,6 +101,9 @@ class Apps:
         self._renamed: set[AppName] = set()  # apps whose added names workers are to be told of
         self._telling: asyncio.Future[None] | None = None
         self._names_told_at = 0.0
+        self._elsewhere: dict[AppName, App] = {}  # apps of other nodes that this one serves too, without machines
+        self.on_local: Callable[[AppName], None] = lambda name: None  # an app of this node, or a machine, changed
+        self.elsewhere: Callable[[], list[bytes]] = list  # frames about other nodes, for a worker's table
         fleet.on_change = self._machine_changed
 
     # --- what there is
@@ -113,13 +117,35 @@ class Apps:
     def names(self) -> list[AppName]:
         return list(self._entries)
 
+    def table_names(self) -> list[AppName]:
+        """All that workers know: apps of this node, and those that only others have."""
+        return [*self._entries, *(name for name in self._elsewhere if name not in self._entries)]
+
     def frame(self, name: AppName) -> bytes | None:
         entry = self._entries.get(name)
         if entry is None:
-            return None
+            app = self._elsewhere.get(name)
+            return None if app is None else app_frame(app)
         if entry.frame is None:
             entry.frame = app_frame(entry.record())
         return entry.frame
+
+    def set_elsewhere(self, app: App) -> None:
+        """Serve an app that other nodes have. Where this node has it too, its own word counts."""
+        known = self._elsewhere.get(app.name)
+        self._elsewhere[app.name] = app = dataclasses.replace(app, machines=(), slot=self._app_slot(app.name))
+        if app != known and app.name not in self._entries:
+            self._hub.set_app(app_frame(app))
+            self._changed.set()
+
+    def drop_elsewhere(self, name: AppName) -> None:
+        if self._elsewhere.pop(name, None) is not None and name not in self._entries:
+            self._hub.remove_app(name)
+            self._changed.set()
+
+    def is_elsewhere(self, host: str) -> bool:
+        """Whether a host name is of an app that only other nodes have."""
+        return any(host in app.hostnames for name, app in self._elsewhere.items() if name not in self._entries)
 
     def pools(self) -> Iterator[Pool]:
         """What idle.py weighs."""
@@ -151,6 +177,7 @@ class Apps:
                 frame = self.frame(name)
                 assert frame is not None
                 self._hub.set_app(frame)
+                self.on_local(name)
                 self._changed.set()
         telling.set_result(None)
 
@@ -254,7 +281,11 @@ class Apps:
     def _remove(self, name: AppName) -> None:
         entry = self._entries.pop(name)
         self.warnings.pop(name, None)
-        self._hub.remove_app(name)
+        if (app := self._elsewhere.get(name)) is not None:
+            self._hub.set_app(app_frame(app))
+        else:
+            self._hub.remove_app(name)
+        self.on_local(name)
         for machine in entry.machines:
             self._retire(machine)
 
@@ -279,6 +310,7 @@ class Apps:
         frame = self.frame(entry.plan.name)
         assert frame is not None
         self._hub.set_app(frame)
+        self.on_local(entry.plan.name)
 
     def _update(self, machine: Owned, app: AppPlan, group: GroupPlan) -> None:
         assert self.plan is not None
@@ -442,6 +474,7 @@ class Apps:
             return
         entry.frame = None
         self._hub.set_machine(machine.app.name, machine.record())
+        self.on_local(machine.app.name)
         self._changed.set()
 
     async def keep_snapshot(self) -> None:
@@ -457,8 +490,8 @@ class Apps:
                 log.error("the table snapshot cannot be written: %s", error)
 
     async def _frames(self) -> list[bytes]:
-        names = self.names()
-        frames = [ipc.encode(self._hub.settings), ipc.encode(ipc.TableStart(len(names)))]
+        names = self.table_names()
+        frames = [ipc.encode(self._hub.settings), ipc.encode(ipc.TableStart(len(names))), *self.elsewhere()]
         for place, name in enumerate(names):
             if (frame := self.frame(name)) is not None:
                 frames.append(frame)

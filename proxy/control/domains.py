@@ -76,6 +76,7 @@ class Domains:
         self._domain = ""
         self._ports: tuple[int, ...] = ()
         self._configured: dict[str, AppPlan] = {}
+        self.is_elsewhere: Callable[[str], bool] = lambda host: False  # a name of an app that only other nodes have
         self._apps: dict[AppName, AppPlan] = {}
         self._self_signed: set[AppName] = set()  # apps that would rather show something than nothing
         self._changed = asyncio.Event()
@@ -335,7 +336,7 @@ class Domains:
         """The name that the internal CA makes a certificate of, to serve a host name: its own, or its wildcard's."""
         for one in (name, "*." + name.partition(".")[2]):
             domain = self._keeper.get(one) if self._keeper is not None else None
-            is_configured = one in self._configured and not self._is_acme(one)
+            is_configured = (one in self._configured or self.is_elsewhere(one)) and not self._is_acme(one)
             if is_configured or (domain is not None and self._is_internal(domain)):
                 return one
         return None

@@ -36,7 +36,11 @@ _DEAD_AFTER_S = 10.0  # the supervisor has replaced, and cleared the cells of, a
 class Table(Protocol):
     """Where the records are (apps.py)."""
 
-    def names(self) -> list[AppName]: ...
+    def table_names(self) -> list[AppName]: ...
+
+    @property
+    def elsewhere(self) -> Callable[[], list[bytes]]:
+        """Frames about the fleet's other nodes, and what apps have there."""
 
     def frame(self, name: AppName) -> bytes | None:
         """The AppSet frame of an app as it is now; None if it has gone."""
@@ -282,9 +286,10 @@ class Link(asyncio.Protocol):
         self._loader = spawn(self._load(), f"table for worker {self.slot}")
 
     async def _load(self) -> None:
-        names = self._table.names()
+        names = self._table.table_names()
         self.send(self._hub.settings)
         self.send(ipc.TableStart(len(names)))
+        self.send_frames(self._table.elsewhere())
         for start in range(0, len(names), _SLICE):
             await self._room.wait()
             if self._transport is None:

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from proxy.control.answers import ApiError, Json, json_answer, read_body
 from proxy.control.membership import DEFAULT_VALID_S, InviteRow, Membership, MembershipRefused
+from proxy.control.peers import Peers
 from proxy.wire.joining import NodeRow
 from proxy.wire.toml_table import parse_duration_s
 
@@ -22,9 +23,12 @@ _CODE = {"not_found": "not_found", "invalid": "invalid_argument", "unavailable":
 class MembershipApi:
     """Hands out routes for api.py's application, whose guard answers what is raised here."""
 
-    def __init__(self, membership: Callable[[], Membership | str], now: Callable[[], float]) -> None:
-        """`membership` says why, where there is none; `now` gives unix seconds."""
+    def __init__(
+        self, membership: Callable[[], Membership | str], peers: Callable[[], Peers | str], now: Callable[[], float]
+    ) -> None:
+        """`membership` and `peers` say why, where there are none; `now` gives unix seconds."""
         self._membership = membership
+        self._peers = peers
         self._now = now
 
     def routes(self) -> list[web.RouteDef]:
@@ -33,7 +37,31 @@ class MembershipApi:
             web.get("/v1/node/invites", self._invites),
             web.delete("/v1/node/invites/{id}", self._revoke),
             web.get("/v1/node/members", self._members),
+            web.get("/v1/nodes", self._nodes),
+            web.get("/v1/regions", self._regions),
+            web.post("/v1/node/drain", self._drain),
+            web.post("/v1/node/undrain", self._undrain),
         ]
+
+    async def _nodes(self, request: web.Request) -> web.Response:
+        return json_answer({"nodes": self._met().to_json()})
+
+    async def _regions(self, request: web.Request) -> web.Response:
+        return json_answer({"regions": self._met().regions_json()})
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        self._met().drain(True)
+        return json_answer({"ok": True, "draining": True})
+
+    async def _undrain(self, request: web.Request) -> web.Response:
+        self._met().drain(False)
+        return json_answer({"ok": True, "draining": False})
+
+    def _met(self) -> Peers:
+        peers = self._peers()
+        if isinstance(peers, str):
+            raise ApiError(409, "failed_precondition", peers)
+        return peers
 
     async def _invite(self, request: web.Request) -> web.Response:
         body = await read_body(request)

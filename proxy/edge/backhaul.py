@@ -13,11 +13,13 @@ here it is served by a machine of this node, or refused with a word about why (E
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.clock import spawn
@@ -52,13 +54,17 @@ log = logging.getLogger("wakefront.backhaul")
 
 
 class BackhaulIdentity:
-    """The contexts in which this node shows its certificate: `mutual` wants the peer's, `joining` does not."""
+    """The contexts in which this node shows its certificate: `mutual` wants the peer's, `joining` does not.
 
-    __slots__ = ("joining", "mutual")
+    `judge` says which node a certificate (DER) that was verified is of; ValueError, with the reason, if it is of none.
+    """
 
-    def __init__(self, mutual: ssl.SSLContext, joining: ssl.SSLContext) -> None:
+    __slots__ = ("joining", "judge", "mutual")
+
+    def __init__(self, mutual: ssl.SSLContext, joining: ssl.SSLContext, judge: Callable[[bytes], str]) -> None:
         self.mutual = mutual
         self.joining = joining
+        self.judge = judge
 
 
 class _OneContext:
@@ -85,30 +91,32 @@ class BackhaulListener:
 
     public_port: Final = 0  # none: clients do not come here
 
-    def __init__(self, edge: EdgeContext, sock: socket.socket, identity: BackhaulIdentity, run_dir: str) -> None:
+    def __init__(self, edge: EdgeContext, sock: socket.socket, run_dir: str) -> None:
         self._edge = edge
         self._socket = sock
         self._run_dir = run_dir
-        self._source = _OneContext(identity)
         self.connections: set[HttpConnection] = set()
         self._relays: set[_Relay] = set()
         self._joining = 0
         self._open = 0
         self._server: asyncio.Server | None = None
+        self._is_stopped = False
+        self._identity: BackhaulIdentity | None = None
+        self._acceptor: TlsAcceptor | None = None
+
+    async def set_identity(self, identity: BackhaulIdentity) -> None:
+        """Accept, with this certificate: the first, or a renewed one for connections that come from now on."""
+        is_first = self._identity is None
+        self._identity = identity
         self._acceptor = TlsAcceptor(
-            identity.mutual, self._source, self._after_handshake, self._on_hello, edge.wheel, self,
-            handshake_timeout_s=edge.settings.handshake_timeout_s,
+            identity.mutual, _OneContext(identity), self._after_handshake, self._on_hello, self._edge.wheel, self,
+            handshake_timeout_s=self._edge.settings.handshake_timeout_s,
         )  # fmt: skip
-
-    def set_identity(self, identity: BackhaulIdentity) -> None:
-        """The node's certificate was renewed: for connections that come from now on."""
-        self._source.identity = identity
-        self._acceptor.base = identity.mutual
-
-    async def start(self) -> None:
-        self._server = await self._edge.loop.create_server(self._accept, sock=self._socket, backlog=1024)
+        if is_first and not self._is_stopped:
+            self._server = await self._edge.loop.create_server(self._accept, sock=self._socket, backlog=1024)
 
     def stop(self) -> None:
+        self._is_stopped = True
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -127,6 +135,7 @@ class BackhaulListener:
         if self._open >= MAX_CONNECTIONS:
             return _Refused()
         self._open += 1
+        assert self._acceptor is not None
         return self._acceptor()
 
     # --- TLS
@@ -135,21 +144,23 @@ class BackhaulListener:
         offered = frozenset(one.decode("latin-1") for one in hello.alpn)
         if not offered & _KNOWN:
             raise HelloError(NO_APPLICATION_PROTOCOL, "not an edge of ours: no ALPN that the backhaul speaks")
-        return self._source.identity.joining if offered == {ALPN_JOIN} else None
+        return self._identity.joining if self._identity is not None and offered == {ALPN_JOIN} else None
 
     def _after_handshake(self, transport: TlsTransport, hello: ClientHello) -> asyncio.Protocol:
         tls = transport.get_extra_info("ssl_object")
         spoken = tls.selected_alpn_protocol()
-        node = node_of(tls.getpeercert())
         address = plain_ip(transport.get_extra_info("peername"))
         if spoken == ALPN_JOIN:
             if self._joining >= MAX_JOINING:
                 return self._turned_away(address, "too many nodes join at once")
-            return self._relay(ALPN_JOIN, "", address)
-        if not node:
-            return self._turned_away(address, "its certificate names no node")
+            return self._relay(ALPN_JOIN, "", address, b"")
+        der = tls.getpeercert(True) or b""
+        try:
+            node = self._identity.judge(der) if self._identity is not None else ""
+        except ValueError as error:
+            return self._turned_away(address, str(error))
         if spoken == ALPN_CONTROL:
-            return self._relay(ALPN_CONTROL, node, address)
+            return self._relay(ALPN_CONTROL, node, address, der)
         if spoken != ALPN:
             return self._turned_away(address, "it names no protocol of ours")
         return BackhaulConnection(self._edge, self, node)
@@ -158,10 +169,11 @@ class BackhaulListener:
         log.warning("a peer at %s was turned away: %s", address, why)
         return _TurnedAway(self)
 
-    def _relay(self, alpn: str, node: str, address: str) -> asyncio.Protocol:
+    def _relay(self, alpn: str, node: str, address: str, der: bytes) -> asyncio.Protocol:
         if len(self._relays) >= MAX_RELAYS:
             return self._turned_away(address, "too many of its kind")
-        preface = json.dumps({"alpn": alpn, "peer": node, "from": address}).encode() + b"\n"
+        said = {"alpn": alpn, "peer": node, "from": address, "certificate": base64.b64encode(der).decode("ascii")}
+        preface = json.dumps(said).encode() + b"\n"
         relay = _Relay(self, preface, self._run_dir, is_joining=alpn == ALPN_JOIN)
         self._relays.add(relay)
         self._joining += alpn == ALPN_JOIN
@@ -195,15 +207,6 @@ class BackhaulListener:
     def on_rejected(self, connection: HttpConnection, error: ProxyError) -> None:
         assert isinstance(connection, BackhaulConnection)
         log.warning("node %s sent what is no request: %s", connection.node, error)
-
-
-def node_of(certificate: Any) -> str:
-    """The node that a verified certificate names: "" where that is not exactly one."""
-    names = [value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "DNS"]
-    if len(names) != 1:
-        return ""
-    node, _, rest = names[0].partition(".")
-    return node if rest == "node.wakefront" and "*" not in node else ""
 
 
 class BackhaulConnection(HttpConnection):

@@ -102,6 +102,7 @@ class EdgeContext:
         self.http_challenge: Callable[[str], bytes | None] = lambda token: None  # what a CA looks for, by its token
         self.ulids = UlidMaker(os.urandom(8))
         self.traces = TraceMaker(os.urandom(16))
+        self.is_drained = False  # other nodes' machines are to have the requests, where there are any
         self.region_ranks: dict[RegionCode, int] = {}  # 0 = the nearest
         self.peer_tls: Callable[[NodeName], PeerTls] | None = None  # while this node has a certificate of the fleet's
         self.log = AccessLog("", "json", self.wheel, self._count_dropped)

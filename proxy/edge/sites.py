@@ -143,6 +143,10 @@ def _next(exchange: Exchange, trip: Trip) -> _Step | None:
         rank = -1 if region == own else ranks.get(region, len(ranks))
         node = here if site is None else site.node
         runs, sleeps = _here(service, edge) if site is None else _there(site, service, now)
+        if site is None and edge.is_drained:
+            if (runs is not None or sleeps) and not trip.has_been(node, True, True):
+                stops.append(((wish, 3, 0, 0, 0, 0.0), (None, True, True)))  # better than nowhere
+            continue
         away = 0 if site is None else 1
         if runs is not None and not trip.has_been(node, False, False):
             stops.append(((wish, 0, rank, runs, away, edge.rng.random()), (site, False, False)))

@@ -397,6 +397,11 @@ class Table:
             view.close_pool()
         view.record = record
 
+    def forget_pools(self) -> None:
+        """Connections to peers that are made from now on show another certificate."""
+        for peer in self.peers.values():
+            peer.close_pool()
+
     def remove_peer(self, name: NodeName) -> None:
         view = self.peers.pop(name, None)
         if view is None:

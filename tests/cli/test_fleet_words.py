@@ -50,7 +50,7 @@ async def node(tmp_path: Path, run: Run) -> AsyncIterator[Served]:
     api = Api(Node(rig), rig.apps, rig.fleet, rig.store, Metrics(rig.memory, Node(rig)), rig.clock, str(folder))
     async with FleetNode(folder) as fleet:
         served = Served(fleet, run)
-        api.membership = MembershipApi(lambda: served.opened, fleet.clock.unix)
+        api.membership = MembershipApi(lambda: served.opened, lambda: "alone", fleet.clock.unix)
         await api.start("127.0.0.1", 0)
         assert api.address is not None
         write_config(tmp_path, api.address[1], None)

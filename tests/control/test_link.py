@@ -78,8 +78,11 @@ class Records:
         self.apps = {WEB: App(WEB, ("web.apps.localhost",), ())}
         self.heard: list[object] = []
 
-    def names(self) -> list[AppName]:
+    def table_names(self) -> list[AppName]:
         return list(self.apps)
+
+    def elsewhere(self) -> list[bytes]:
+        return []
 
     def frame(self, name: AppName) -> bytes | None:
         return app_frame(self.apps[name]) if name in self.apps else None

@@ -29,7 +29,7 @@ async def client(rig: Rig) -> AsyncIterator[Client]:
     await membership.open()
     node = Node(rig)
     api = Api(node, rig.apps, rig.fleet, rig.store, Metrics(rig.memory, node), rig.clock, str(rig.folder))
-    api.membership = MembershipApi(lambda: membership, Hasty().unix)
+    api.membership = MembershipApi(lambda: membership, lambda: "alone", Hasty().unix)
     await api.start("127.0.0.1", 0)
     async with aiohttp.ClientSession() as session:
         yield Client(rig, node, api, session)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import trustme
+from cryptography import x509
 
 from proxy.edge.backhaul import BackhaulIdentity, BackhaulListener
 from proxy.edge.peer_tls import ALPN, ALPN_CONTROL, ALPN_JOIN, PeerEvents, PeerTls, tls_name
@@ -48,7 +49,15 @@ def identity(ca: trustme.CA, leaf: trustme.LeafCert) -> BackhaulIdentity:
         leaf.configure_cert(context)
         return context
 
-    return BackhaulIdentity(made(ssl.CERT_REQUIRED), made(ssl.CERT_NONE))
+    return BackhaulIdentity(made(ssl.CERT_REQUIRED), made(ssl.CERT_NONE), node_of)
+
+
+def node_of(der: bytes) -> str:
+    """As certs.node_tls.judge_peer, for certificates that are trustme's."""
+    names = x509.load_der_x509_certificate(der).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if len(names) != 1 or not names[0].value.endswith(".node.wakefront"):
+        raise ValueError("its certificate names no node")
+    return str(names[0].value).removesuffix(".node.wakefront")
 
 
 class NodeHarness(EdgeHarness):
@@ -60,16 +69,15 @@ class NodeHarness(EdgeHarness):
         self._backhaul_socket = socket.create_server(("127.0.0.1", 0))
         self.backhaul_port: int = self._backhaul_socket.getsockname()[1]
         leaf = fleet_ca().issue_cert(tls_name(node))
-        self.backhaul = BackhaulListener(
-            self.edge, self._backhaul_socket, identity(fleet_ca(), leaf), self.run_dir.name
-        )
+        self._identity = identity(fleet_ca(), leaf)
+        self.backhaul = BackhaulListener(self.edge, self._backhaul_socket, self.run_dir.name)
         context = client_context(fleet_ca(), leaf)
         ends = TlsEnds(self.edge.wheel, PeerEvents(), 1.0)
         self.edge.peer_tls = lambda name: PeerTls(ends, context, name)
 
     async def start(self) -> None:
         await super().start()
-        await self.backhaul.start()
+        await self.backhaul.set_identity(self._identity)
 
     @property
     def peer(self) -> Peer:

@@ -49,6 +49,8 @@ class ServedNode:
         listen: str = "",
         env: dict[str, str] | None = None,
         prefix: tuple[str, ...] = (),
+        name: str = "test-node",
+        region: str = "tst",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -59,8 +61,8 @@ class ServedNode:
         self.expect_status: int | None = 0  # None: any
         self.process: subprocess.Popen[bytes] | None = None
         self._head = f"""[node]
-name = "test-node"
-region = "tst"
+name = "{name}"
+region = "{region}"
 domain = "apps.localhost"
 data_dir = "{self.data_dir}"
 workers = {workers}
