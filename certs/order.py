@@ -241,6 +241,7 @@ class OrderRun:
         order = await (self._client.order(record.url) if record.url else self._obtain(want))
         loop = asyncio.get_running_loop()
         begun, pause = loop.time(), 0
+        is_finalized = False
         while True:
             match order.status:
                 case "pending":
@@ -252,9 +253,11 @@ class OrderRun:
                 case "ready":
                     await self._save(Step.FINALIZING)
                     order = await self._finalize(order)
-                    begun, pause = loop.time(), 0
-                    if order.status == "ready":
-                        pause = await self._wait(pause, order.retry_after_s, begun, self._finalize_patience_s, "ready")
+                    if not is_finalized:  # once: a CA that never gets further has the patience for one finalization
+                        begun, pause, is_finalized = loop.time(), 0, True
+                    if order.status in ("ready", "pending"):
+                        said = order.status
+                        pause = await self._wait(pause, order.retry_after_s, begun, self._finalize_patience_s, said)
                     continue
                 case "processing":
                     pause = await self._wait(pause, order.retry_after_s, begun, self._finalize_patience_s, "processing")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import itertools
 import time
 from collections.abc import Iterator
 from email.utils import format_datetime
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
@@ -27,8 +29,10 @@ from certs.order import KeyType, OrderRecord, OrderRun, Want, order_key
 from certs.store import SealedStore
 from tests.support.faulty_ca import (
     Act,
+    Answer,
     Fault,
     FaultyCa,
+    Forward,
     changed,
     drip,
     endless,
@@ -236,6 +240,25 @@ async def test_an_order_that_does_not_get_on_is_left_in_time_and_gone_on_with(
     case.front.faults.append(Fault(endpoint, act, after=0 if endpoint == "order" else 1))
     error = await case.fails(want)
     assert error.failure is Failure.STUCK and said in str(error)
+    case.front.heal()
+    await case.run(want)
+    assert case.front.count("new order") == 1
+
+
+@pytest.mark.parametrize("statuses", [("ready",), ("ready", "pending")], ids=["ready", "ready and pending"])
+async def test_an_order_that_is_ready_again_after_each_finalization_is_left_in_time(
+    case: Case, statuses: tuple[str, ...]
+) -> None:
+    want = Want((f"ready-{len(statuses)}.example.com",))
+    told = itertools.cycle(statuses)
+
+    async def turns(request: web.Request, forward: Forward) -> Answer:
+        return await changed(status=next(told))(request, forward)
+
+    case.front.faults += [Fault("order", turns), Fault("finalize", changed(status=statuses[-1]), times=1)]
+    error = await case.fails(want)
+    assert error.failure is Failure.STUCK and statuses[-1] in str(error)
+    assert case.front.count("finalize") > 1, "it was tried again while there was time"
     case.front.heal()
     await case.run(want)
     assert case.front.count("new order") == 1
