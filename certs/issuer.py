@@ -34,6 +34,7 @@ from certs.store import Entry, Store
 
 _PREFIX = "urn:ietf:params:acme:error:"
 _MAX_BYTES = 512 * 1024  # of an answer; chains have some 5 KB
+_AUTHORIZATIONS_MOST = 100  # of an order: CAs take no more names in one
 _LIST_PAGES = 50
 _NONCES_KEPT = 32
 _NONCE_TRIES = 6  # Pebble refuses one in twenty good nonces, on purpose
@@ -642,6 +643,12 @@ class AcmeClient:
 
     def _order(self, url: str, answer: _Answer) -> Order:
         body = _read(_OrderBody, answer)
+        if len(body.authorizations) > _AUTHORIZATIONS_MOST:
+            raise AcmeError(
+                Failure.SERVER,
+                f"the order {_shown(url)} has {len(body.authorizations)} authorizations: "
+                f"{_AUTHORIZATIONS_MOST} at most are looked at",
+            )
         return Order(
             url,
             body.status,

@@ -264,6 +264,19 @@ async def test_an_order_that_is_ready_again_after_each_finalization_is_left_in_t
     assert case.front.count("new order") == 1
 
 
+async def test_an_order_with_more_authorizations_than_any_has_is_not_looked_through(case: Case) -> None:
+    want = Want(("many.example.com",))
+    many = [f"https://127.0.0.1/authZ/{number}" for number in range(101)]
+    for endpoint in ("new order", "order"):
+        case.front.faults.append(Fault(endpoint, changed(authorizations=many)))
+    for _ in range(2):  # one that is new, and one that is gone on with
+        error = await case.fails(want)
+        assert error.failure is Failure.SERVER and "101 authorizations" in str(error)
+    assert case.front.count("authorization") == 0
+    case.front.heal()
+    await case.run(want)
+
+
 async def test_an_authorization_that_failed_is_told_in_the_cas_words_and_ends_the_order(case: Case) -> None:
     want = Want(("refused.example.com",))
     failed = {
