@@ -72,6 +72,10 @@ class Changes:
     removed: tuple[AppName, ...] = ()
 
 
+def _names_of(app: AppName) -> str:
+    return f"names of {app}"
+
+
 class Apps:
     """All apps by name."""
 
@@ -96,7 +100,7 @@ class Apps:
         self._to_roll: dict[MachineId, None] = {}
         self._changed = asyncio.Event()
         self.plan: NodePlan | None = None
-        self.warnings: dict[str, str] = {}  # app -> why part of it is not there
+        self.warnings: dict[str, str] = {}  # app, or its names -> why part of it is not there
         self.added_to: Callable[[AppName], tuple[str, ...]] = lambda name: ()
         self._renamed: set[AppName] = set()  # apps whose added names workers are to be told of
         self._telling: asyncio.Future[None] | None = None
@@ -167,19 +171,30 @@ class Apps:
     def _tell_names(self, telling: asyncio.Future[None]) -> None:
         renamed, self._renamed, self._telling = self._renamed, set(), None
         self._names_told_at = self._clock.monotonic()
-        for name in renamed:
-            entry = self._entries.get(name)
-            if entry is None:
-                continue
-            added = self.added_to(name)
-            if added != entry.added:
-                entry.added, entry.frame = added, None
-                frame = self.frame(name)
-                assert frame is not None
-                self._hub.set_app(frame)
-                self.on_local(name)
-                self._changed.set()
-        telling.set_result(None)
+        try:
+            for name in renamed:
+                if (entry := self._entries.get(name)) is not None:
+                    self._tell_names_of(entry)
+        finally:  # whatever became of one app's names, nobody waits for ever
+            telling.set_result(None)
+
+    def _tell_names_of(self, entry: Entry) -> None:
+        name, before, added = entry.plan.name, entry.added, self.added_to(entry.plan.name)
+        if added == before:
+            return
+        entry.added = added
+        try:
+            frame = app_frame(entry.record())
+        except ValueError as error:  # more names than a frame has room for: workers go on with those they know
+            entry.added = before
+            self.warnings[_names_of(name)] = f"workers are not told of a change: {error}"
+            log.error("%s: %s", _names_of(name), self.warnings[_names_of(name)])
+            return
+        self.warnings.pop(_names_of(name), None)
+        entry.frame = frame
+        self._hub.set_app(frame)
+        self.on_local(name)
+        self._changed.set()
 
     # --- the first load
 
@@ -281,6 +296,7 @@ class Apps:
     def _remove(self, name: AppName) -> None:
         entry = self._entries.pop(name)
         self.warnings.pop(name, None)
+        self.warnings.pop(_names_of(name), None)
         if (app := self._elsewhere.get(name)) is not None:
             self._hub.set_app(app_frame(app))
         else:

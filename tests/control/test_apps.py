@@ -97,6 +97,40 @@ def test_a_plan_comes_back_as_it_was_kept(tmp_path: object) -> None:
 # --- records
 
 
+async def test_names_that_no_frame_has_room_for_are_told_and_keep_nobody_waiting(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.load(an_app("a"), an_app("b"))
+    before = rig.apps.frame(AppName("a"))
+    monkeypatch.setattr(ipc, "MAX_FRAME_BYTES", 10_000)
+    many = tuple(f"{number}.example.com" for number in range(1000))
+    added = {"a": many, "b": ("b.example.com",)}
+    rig.apps.added_to = lambda name: added[name]
+    async with asyncio.timeout(2):
+        await asyncio.gather(*(rig.apps.names_changed(AppName(name)) for name in ("a", "b")))
+    assert rig.apps.frame(AppName("a")) == before, "workers, new ones too, go on with the names they know"
+    assert b"b.example.com" in (rig.apps.frame(AppName("b")) or b"")
+    assert list(rig.apps.warnings) == ["names of a"] and "10000" in rig.apps.warnings["names of a"]
+    added["a"] = many[:5]
+    async with asyncio.timeout(2):
+        await rig.apps.names_changed(AppName("a"))
+    assert b"4.example.com" in (rig.apps.frame(AppName("a")) or b"") and not rig.apps.warnings
+
+
+async def test_a_change_of_names_that_fails_keeps_nobody_waiting(rig: Rig) -> None:
+    await rig.load(an_app("a"))
+    told: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+
+    def fails(name: AppName) -> tuple[str, ...]:
+        raise RuntimeError("the names cannot be had")
+
+    rig.apps.added_to = fails
+    async with asyncio.timeout(2):
+        await rig.apps.names_changed(AppName("a"))
+    assert [str(one["exception"]) for one in told] == ["the names cannot be had"]
+
+
 async def test_apps_and_machines_keep_their_slots_and_ports_over_restarts(rig: Rig) -> None:
     await rig.load(an_app("a", 2), an_app("b"))
 
