@@ -268,7 +268,7 @@ class Keeper:
     # --- the schedule
 
     async def run(self) -> None:
-        """Look at each name when it is due, for ever."""
+        """Look at each name when it is due, for ever. What raises here is unforeseen: call it again after a pause."""
         before = self._now()
         while True:
             self._wake.clear()
@@ -277,7 +277,21 @@ class Keeper:
                 for one in self._domains.values():
                     self._schedule(one)
             before = now
-            later: list[tuple[float, str]] = []
+            is_held_back = self._begin_due(now)
+            wait = _LONGEST_SLEEP_S
+            if self._heap and not is_held_back:
+                wait = min(wait, max(0.0, self._heap[0][0] - now))
+            elif is_held_back:
+                wait = 1.0  # and at once when a task ends
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._wake.wait()
+
+    def _begin_due(self, now: float) -> bool:
+        """Begin with the names that are due; whether some of them have to wait for room."""
+        later: list[tuple[float, str]] = []
+        name = ""
+        try:
             while self._heap and self._heap[0][0] <= now:
                 at, name = heapq.heappop(self._heap)
                 if self._scheduled.get(name) == at:
@@ -292,17 +306,14 @@ class Keeper:
                     later.append((at, name))
                     break
                 self._begin(domain)
+        except Exception:
+            later.append((now, name))  # where whoever runs this goes on, it comes after those that are due already
+            raise
+        finally:
             for entry in later:
                 self._scheduled[entry[1]] = entry[0]
                 heapq.heappush(self._heap, entry)
-            wait = _LONGEST_SLEEP_S
-            if self._heap and not later:
-                wait = min(wait, max(0.0, self._heap[0][0] - now))
-            elif later:
-                wait = 1.0  # and at once when a task ends
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._wake.wait()
+        return bool(later)
 
     async def close(self) -> None:
         """End what is under way; orders are gone on with at the next start."""

@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]  # Any: JSON
 
 _RENEWAL_LOOK_S = 3600.0
+_BEGIN_AGAIN_S = 10.0
 _OPEN_PATIENCE_S = 8.0  # what a question that comes before `open` is done waits for it
 _ISSUE_PATIENCE_S = 9.0  # a handshake waits for its certificate, with the worker's own time-out behind
 _PACK_PATIENCE_S = 5.0  # the control before may be in its last moments
@@ -96,6 +97,7 @@ class Domains:
         self._tasks: list[asyncio.Task[None]] = []
         self._built_for: tuple[object, ...] = ()
         self.faults: dict[str, str] = {}  # name -> why it has no certificate; "" -> of the store
+        self.keeping_fault = ""  # why renewals stood still for a while
         self.on_renewed: Callable[[str], None] = lambda name: None
         self.on_hostnames: Callable[[AppName], Awaitable[None]] = _nobody  # names were added or removed
 
@@ -225,8 +227,18 @@ class Domains:
         )
 
     async def _keep_acme(self) -> None:
-        assert self._keeper is not None
-        await self._keeper.run()
+        """The keeper is not to end; if it does, renewals go on after a pause, and status says so until a restart."""
+        while True:
+            assert self._keeper is not None
+            try:
+                await self._keeper.run()
+            except Exception as error:
+                log.exception("looking after certificates failed, it is begun again in %g s", _BEGIN_AGAIN_S)
+                self.keeping_fault = (
+                    f"looking after certificates failed at {iso(self._clock.unix())} ({error!r:.200}); it is begun "
+                    f"again after {_BEGIN_AGAIN_S:g} s each time, see the log of control"
+                )
+            await self._clock.sleep(_BEGIN_AGAIN_S)
 
     # --- from one plan to the next
 
@@ -739,6 +751,8 @@ class Domains:
             if one.trouble is not None and (source := one.served(now)) is not None
             and one.held[source].expires_at - now < _WARN_BEFORE_S
         ]  # fmt: skip
+        if self.keeping_fault:
+            warnings.insert(0, self.keeping_fault)
         skew = self._client.clock_skew_s if self._client is not None else 0.0
         if abs(skew) > 300:
             warnings.append(f"this host's clock is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} the CA's")

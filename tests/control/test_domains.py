@@ -6,12 +6,16 @@ import asyncio
 import dataclasses
 import random
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
+import pytest
+import pytest_asyncio
 
 from certs import Certificate, PackReader
 from certs.domain import Domain, Origin, Source, certificate_key, domain_key, held_of
+from certs.keeper import Keeper
 from proxy.clock import SystemClock
 from proxy.config import CertsSection
 from proxy.control.domains import Domains
@@ -21,25 +25,65 @@ from tests.control.rig import a_plan
 HOST = "shop.example.com"
 
 
-async def test_what_was_stored_and_not_shown_when_certs_was_changed_is_shown_after(tmp_path: Path) -> None:
-    plan = a_plan()
+@pytest_asyncio.fixture
+async def domains(tmp_path: Path) -> AsyncIterator[Domains]:
+    """Loaded and open, with the plan `a_plan()`."""
     (tmp_path / "run").mkdir()
-    domains = Domains(str(tmp_path), str(tmp_path / "run"), SystemClock(), random.Random(1))
-    await domains.load(plan)
-    await domains.open()
-    try:
-        certificate = Certificate(HOST, LEAF + CA, KEY)
-        now = time.time()
-        held = {Source.ACME: held_of(certificate, "ecdsa", now)}
-        domain = Domain(HOST, "web", Origin.ADDED, now, now, is_acme_wanted=False, held=held)
-        assert domains._store is not None
-        domains._store.put(certificate_key(HOST, Source.ACME), certificate.to_pem())
-        domains._store.put(domain_key(HOST), msgspec.json.encode(domain))
-        await domains.apply(dataclasses.replace(plan, certs=CertsSection(acme_email="ops@example.com")))
-        reader = PackReader(tmp_path / "run" / "certificates", domains._secret)
-        async with asyncio.timeout(5):
-            while HOST not in reader.refresh():
-                await asyncio.sleep(0.02)
-        reader.close()
-    finally:
-        await domains.close()
+    made = Domains(str(tmp_path), str(tmp_path / "run"), SystemClock(), random.Random(1))
+    await made.load(a_plan())
+    await made.open()
+    yield made
+    await made.close()
+
+
+def kept(domains: Domains, name: str, sources: tuple[Source, ...] = (Source.ACME,)) -> Domain:
+    """A name whose certificates lie in the store; nobody has shown them yet."""
+    certificate = Certificate(name, LEAF + CA, KEY)
+    now = time.time()
+    assert domains._store is not None
+    for source in sources:
+        domains._store.put(certificate_key(name, source), certificate.to_pem())
+    held = {source: held_of(certificate, "ecdsa", now) for source in sources}
+    return Domain(name, "web", Origin.ADDED, now, now, is_acme_wanted=False, held=held)
+
+
+async def until_shown(domains: Domains, tmp_path: Path, *names: str) -> None:
+    reader = PackReader(tmp_path / "run" / "certificates", domains._secret)
+    wanted = set(names)
+    async with asyncio.timeout(5):
+        while wanted := wanted - set(reader.refresh()):
+            await asyncio.sleep(0.02)
+    reader.close()
+
+
+async def test_renewals_go_on_after_something_unforeseen_and_status_tells_of_it(
+    domains: Domains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.control.domains._BEGIN_AGAIN_S", 0.05)
+    begin = Keeper._begin
+    failed: list[str] = []
+
+    def fails_at_first(self: Keeper, domain: Domain) -> None:
+        if domain.name == "a.example.com" and len(failed) < 2:
+            failed.append(domain.name)
+            raise RuntimeError("no such thing")
+        begin(self, domain)
+
+    monkeypatch.setattr(Keeper, "_begin", fails_at_first)
+    assert domains._keeper is not None and not domains.status()["warnings"]
+    for name in ("a.example.com", "b.example.com"):
+        await domains._keeper.add(kept(domains, name))
+    await until_shown(domains, tmp_path, "a.example.com", "b.example.com")
+    assert len(failed) == 2
+    (warning,) = domains.status()["warnings"]
+    assert "no such thing" in warning and "begun again" in warning
+
+
+async def test_what_was_stored_and_not_shown_when_certs_was_changed_is_shown_after(
+    domains: Domains, tmp_path: Path
+) -> None:
+    domain = kept(domains, HOST)
+    assert domains._store is not None
+    domains._store.put(domain_key(HOST), msgspec.json.encode(domain))
+    await domains.apply(dataclasses.replace(a_plan(), certs=CertsSection(acme_email="ops@example.com")))
+    await until_shown(domains, tmp_path, HOST)
