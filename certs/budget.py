@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
+import logging
 import os
+import threading
 from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,8 @@ from urllib.parse import urlsplit
 from certs.errors import AcmeError, CertificateError, Failure
 from certs.names import registered_domain
 from certs.store import Store
+
+_log = logging.getLogger("wakefront.certs")
 
 _HOUR_S = 3600
 _WEEK_S = 7 * 24 * _HOUR_S
@@ -53,6 +57,7 @@ OTHERS = {
 }
 _LONGEST_S = _WEEK_S
 _UNDER_WAY_S = 10.0
+_PRUNE_EVERY = 256  # counted events
 ON_DEMAND_SHARE = 0.5  # of the orders: names that strangers ask for leave the other half to those that were added
 
 
@@ -69,22 +74,20 @@ class Budget:
         self._now = now
         self._limits = limits
         self._spent: dict[tuple[Event, str], list[float]] = {}
+        self._lock = threading.Lock()  # of `_spent`; never held over a write
+        self._spends = 0
         self._held: Counter[tuple[Event, str]] = Counter()  # of orders under way
 
     def load(self) -> None:
         """Read what was counted; what no window reaches any more is deleted."""
         oldest = self._now() - _LONGEST_S
         stale: list[str] = []
-
-        def broken(key: str, error: CertificateError) -> None:
-            stale.append(key)
-
-        for key, entry in self._store.items("spent", broken):
+        for key, entry in self._store.items("spent", lambda key, error: stale.append(key)):
             kind, _, subject = entry.value.decode().partition(" ")
-            at = float(key.split("/")[1].split("-")[0]) / 1000
+            at = _time_of(key)
             if at < oldest or kind not in set(Event):
                 stale.append(key)
-            else:
+            elif Event(kind) in self._limits:
                 insort(self._spent.setdefault((Event(kind), subject), []), at)
         for key in stale:
             self._store.delete(key)
@@ -95,7 +98,35 @@ class Budget:
         if event not in self._limits:
             return
         self._store.put(f"spent/{int(now * 1000):014d}-{os.urandom(4).hex()}", f"{event} {subject}".encode())
-        insort(self._spent.setdefault((event, subject), []), now)
+        with self._lock:
+            insort(self._spent.setdefault((event, subject), []), now)
+            self._spends += 1
+            is_time = self._spends % _PRUNE_EVERY == 0
+        if is_time:
+            try:
+                self._prune(now)
+            except (CertificateError, OSError) as error:  # this event is counted: it is no failure of its order
+                _log.warning("what was counted of orders long ago cannot be removed: %s", error)
+
+    def _prune(self, now: float) -> None:
+        """Forget what no window reaches any more, here and in the store."""
+        for key in list(self._spent):
+            with self._lock:
+                if not self._within(key, now):
+                    del self._spent[key]
+        stale: list[str] = []
+        for name, _ in self._store.items("spent", lambda name, error: stale.append(name)):
+            if _time_of(name) >= now - _LONGEST_S:
+                break  # they come in the order of time
+            stale.append(name)
+        for name in stale:
+            self._store.delete(name)
+
+    def _within(self, key: tuple[Event, str], now: float) -> list[float]:
+        """The times that its window reaches, oldest first."""
+        spent = self._spent.get(key, [])
+        del spent[: bisect_right(spent, now - self._limits[key[0]].window_s)]
+        return spent
 
     def free_at(self, event: Event, subject: str, share: float = 1.0) -> float:
         """When one more is within the limit: `now` or earlier if it is at once."""
@@ -103,12 +134,12 @@ class Budget:
         if limit is None:
             return 0.0
         now = self._now()
-        spent = self._spent.get((event, subject), [])
-        del spent[: bisect_right(spent, now - limit.window_s)]
         allowed = max(1, int(limit.events * share)) - max(0, self._held[event, subject])
         if allowed <= 0:
             return now + _UNDER_WAY_S  # some of those under way may come to nothing
-        return spent[-allowed] + limit.window_s if len(spent) >= allowed else 0.0
+        with self._lock:
+            spent = self._within((event, subject), now)
+            return spent[-allowed] + limit.window_s if len(spent) >= allowed else 0.0
 
     @contextlib.contextmanager
     def hold(self, names: Sequence[str], *, is_renewal: bool, is_on_demand: bool) -> Iterator[None]:
@@ -150,6 +181,10 @@ class Budget:
                     f"in {limit.window_s // _HOUR_S} h",
                     retry_after_s=at - now,
                 )
+
+
+def _time_of(key: str) -> float:
+    return float(key.split("/")[1].split("-")[0]) / 1000
 
 
 def set_of(names: Sequence[str]) -> str:

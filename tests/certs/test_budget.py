@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,36 @@ def test_what_no_window_reaches_is_forgotten(store: SealedStore, clock: Clock) -
     again = Budget(store, clock, {Event.ORDER: Limit(3, 600)})
     again.load()
     assert not list(store.items("spent", lambda key, error: None))
+
+
+def test_what_no_window_reaches_is_forgotten_while_it_runs_too(store: SealedStore, clock: Clock) -> None:
+    Budget(store, clock, {Event.ORDER: Limit(3, 600)}).spend(Event.ORDER, "")  # another CA's limit
+    limits = {Event.CERTIFICATE: Limit(2, 7 * 86_400), Event.FAILED_VALIDATION: Limit(3, 600)}
+    budget = Budget(store, clock, limits)
+    budget.load()
+    for week in range(4):
+        for number in range(300):
+            budget.spend(Event.FAILED_VALIDATION, f"{week}-{number}.example.com")
+        for _ in range(2):
+            budget.spend(Event.CERTIFICATE, "example.com")
+        clock.now += 8 * 86_400
+    for _ in range(2):
+        budget.spend(Event.CERTIFICATE, "example.com")
+    assert len(list(store.items("spent", lambda key, error: None))) < 600
+    assert len(budget._spent) < 600
+    with pytest.raises(AcmeError):
+        budget.check(["a.example.com"], is_renewal=False, is_on_demand=False)
+
+
+def test_a_name_that_is_asked_for_often_is_counted_right_from_many_threads(store: SealedStore, clock: Clock) -> None:
+    budget = Budget(store, clock, {Event.FAILED_VALIDATION: Limit(600, 600)})
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(600):
+            threads.submit(budget.spend, Event.FAILED_VALIDATION, "a.example.com")
+            budget.free_at(Event.FAILED_VALIDATION, "a.example.com")
+    assert budget.free_at(Event.FAILED_VALIDATION, "a.example.com") == clock.now + 600
+    clock.now += 600
+    assert budget.free_at(Event.FAILED_VALIDATION, "a.example.com") == 0.0
 
 
 def test_our_limits_are_below_those_of_the_ca_and_only_for_it() -> None:
