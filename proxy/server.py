@@ -620,6 +620,7 @@ class Server:
             )  # fmt: skip
             if len(apps) % _SLICE == 0:
                 await asyncio.sleep(0)
+        certificates = await self.domains.status()
         return {
             "name": self._plan.name,
             "region": self._plan.region,
@@ -636,12 +637,12 @@ class Server:
                 for slot in (*self._serving, *self._retiring)
             ],
             "apps": apps,
-            "certificates": self.domains.status(),
+            "certificates": certificates,
             "fleet": self.membership.status() if self.membership is not None else None,
-            "warnings": self._warnings(),
+            "warnings": self._warnings(certificates["warnings"]),
         }  # fmt: skip
 
-    def _warnings(self) -> list[str]:
+    def _warnings(self, of_certificates: list[str]) -> list[str]:
         texts = [f"config.toml has faults, the last good one is in use: {one}" for one in self._config_faults]
         texts += self._reload_warnings
         texts += [fault for fault in (self._api_fault, self._certificate_fault) if fault]
@@ -654,7 +655,7 @@ class Server:
             if stage:
                 texts.append(f"worker {slot} is overloaded: {Stage(stage).name.lower().replace('_', ' ')}")
         texts += [f"no certificate for {name}: {why}" if name else why for name, why in self.domains.faults.items()]
-        texts += self.domains.status()["warnings"]
+        texts += of_certificates
         texts += [f"{name}: {why}" for name, why in self.apps.warnings.items()]
         return texts + self.store.faults
 

@@ -52,8 +52,8 @@ class Certificates(Protocol):
     ({step, since} or None). All raise DomainRefused.
     """
 
-    def list(self, app: str | None) -> Rows:
-        """Summaries, of all apps if None."""
+    async def list(self, app: str | None) -> Rows:
+        """Summaries, of all apps if None, in no order."""
 
     def get(self, app: str, hostname: str) -> Json:
         """Detail."""
@@ -73,7 +73,7 @@ class Certificates(Protocol):
     async def remove(self, app: str, hostname: str, kind: str | None) -> Json | None:
         """The name with all it has (None), or its "custom" or "acme" certificate: then what is left, a detail."""
 
-    def forecast(self) -> Rows:
+    async def forecast(self) -> Rows:
         """Soonest first: {hostname, app, source, expires_at, renew_at, next_action, will_fail, reason}."""
 
     async def roll_account_key(self) -> Json:
@@ -115,11 +115,11 @@ class CertificatesApi:
     # --- lists
 
     async def _list_of_app(self, request: web.Request) -> web.Response:
-        return await self._page(request, self._certificates.list(self._app(request)))
+        return await self._page(request, await self._certificates.list(self._app(request)))
 
     async def _list_of_node(self, request: web.Request) -> web.Response:
         """All apps' names; with `hostname` that one alone, which is how to find the app it belongs to."""
-        found = self._certificates.list(None)
+        found = await self._certificates.list(None)
         if (wanted := request.query.get("hostname")) is not None:
             name = self._name(wanted)
             found = [one for one in found if one["hostname"] == name]
@@ -178,7 +178,7 @@ class CertificatesApi:
     # --- the node
 
     async def _forecast(self, request: web.Request) -> web.Response:
-        return await large_json_answer({"certificates": self._certificates.forecast()})
+        return await large_json_answer({"certificates": await self._certificates.forecast()})
 
     async def _account(self, request: web.Request) -> web.Response:
         return json_answer(self._certificates.account())

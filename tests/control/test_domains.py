@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -70,12 +70,12 @@ async def test_renewals_go_on_after_something_unforeseen_and_status_tells_of_it(
         begin(self, domain)
 
     monkeypatch.setattr(Keeper, "_begin", fails_at_first)
-    assert domains._keeper is not None and not domains.status()["warnings"]
+    assert domains._keeper is not None and not (await domains.status())["warnings"]
     for name in ("a.example.com", "b.example.com"):
         await domains._keeper.add(kept(domains, name))
     await until_shown(domains, tmp_path, "a.example.com", "b.example.com")
     assert len(failed) == 2
-    (warning,) = domains.status()["warnings"]
+    (warning,) = (await domains.status())["warnings"]
     assert "no such thing" in warning and "begun again" in warning
 
 
@@ -87,3 +87,27 @@ async def test_what_was_stored_and_not_shown_when_certs_was_changed_is_shown_aft
     domains._store.put(domain_key(HOST), msgspec.json.encode(domain))
     await domains.apply(dataclasses.replace(a_plan(), certs=CertsSection(acme_email="ops@example.com")))
     await until_shown(domains, tmp_path, HOST)
+
+
+@pytest.mark.parametrize("of_all", [lambda one: one.list(None), Domains.forecast, Domains.status])
+async def test_what_goes_over_all_names_lets_others_have_their_turns(
+    domains: Domains, of_all: Callable[[Domains], Awaitable[object]]
+) -> None:
+    assert domains._keeper is not None
+    names = [f"{number}.example.com" for number in range(2000)]
+    domain = kept(domains, HOST)
+    domains._keeper._domains |= {name: msgspec.structs.replace(domain, name=name) for name in names}
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.ensure_future(others())
+    found = await of_all(domains)
+    task.cancel()
+    assert turns >= 2000 / 100
+    told = {one["hostname"] for one in found} if isinstance(found, list) else set()
+    assert told >= set(names) or found["names"] == 2000

@@ -39,7 +39,7 @@ class KeptCertificates:
     def issue(self, hostname: str) -> None:
         self.names[hostname] |= {"configured": True, "has_fly_certificate": True, "status": "active"}
 
-    def list(self, app: str | None) -> Rows:
+    async def list(self, app: str | None) -> Rows:
         return [one for one in self.names.values() if app in (None, one["app"])]
 
     def _find(self, app: str, hostname: str) -> Json:
@@ -136,7 +136,7 @@ class KeptCertificates:
             one |= {"has_fly_certificate": False, "acme_requested": False, "configured": one["has_custom_certificate"]}
         return self._detail(one)
 
-    def forecast(self) -> Rows:
+    async def forecast(self) -> Rows:
         return [
             {
                 "hostname": "late.example.com", "app": "web", "source": "custom", "expires_at": _iso(25),
