@@ -117,6 +117,13 @@ class Domain(msgspec.Struct):
                 return source
         return None
 
+    def shown(self, now: float) -> tuple[Source, ...]:
+        """What `served` is, and beside our own the one for clients without ECDSA, while that is valid."""
+        source = self.served(now)
+        if source is Source.ACME and (rsa := self.held.get(Source.RSA)) is not None and now < rsa.expires_at:
+            return (Source.ACME, Source.RSA)
+        return () if source is None else (source,)
+
 
 def sources_of(key_types: Iterable[str]) -> frozenset[Source]:
     """The certificates that are ordered where these types of keys are asked for."""

@@ -57,7 +57,7 @@ class Surroundings(Presenter, Protocol):
         """A name on demand is kept no more: no certificate can be had for it."""
 
     async def on_certificate(self, domain: Domain) -> None:
-        """A name's certificates changed: show the one of `domain.served`. Raises CertificateError or OSError."""
+        """A name's certificates changed: show those of `domain.shown`. Raises CertificateError or OSError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Keeper:
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._on_demand_under_way = 0
         self._runs: dict[str, OrderRun] = {}
-        self._shown: dict[str, Source | None] = {}  # what each name was last said to serve
+        self._shown: dict[str, tuple[Source, ...]] = {}  # what each name was last said to show
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}
         self._wake = asyncio.Event()
         self._orders = asyncio.Semaphore(AT_ONCE)
@@ -138,7 +138,7 @@ class Keeper:
         for domain, revision in await asyncio.to_thread(read):
             self._domains[domain.name] = domain
             self._revisions[domain.name] = revision
-            self._shown[domain.name] = domain.served(self._now())  # the caller shows what there is at the start
+            self._shown[domain.name] = domain.shown(self._now())  # the caller shows what there is at the start
             self._schedule(domain)
         return faults
 
@@ -324,7 +324,7 @@ class Keeper:
         await self.client.close()
 
     def _next_at(self, domain: Domain, now: float) -> float:
-        if self._shown.get(domain.name) is not domain.served(now):
+        if self._shown.get(domain.name, ()) != domain.shown(now):
             return domain.trouble.due_at(now) if domain.trouble is not None else now
         return domain.next_at(now, self._sources, self.policy.is_ordered(domain.name))
 
@@ -364,7 +364,7 @@ class Keeper:
     async def _attend(self, domain: Domain) -> None:
         now = self._now()
         try:
-            if self._shown.get(domain.name) is not domain.served(now):
+            if self._shown.get(domain.name, ()) != domain.shown(now):
                 await self._show(domain)  # a certificate has ended, and another takes its place; or it failed before
             if domain.needs_proof:
                 if missing := await self._around.is_owned(domain):
@@ -529,7 +529,7 @@ class Keeper:
             await self._around.on_certificate(domain)
         except (CertificateError, OSError) as error:
             raise AcmeError(Failure.STORAGE, f"the certificate of {domain.name} cannot be shown: {error}") from error
-        self._shown[domain.name] = domain.served(self._now())
+        self._shown[domain.name] = domain.shown(self._now())
 
     def _note(self, domain: Domain, error: AcmeError) -> None:
         """Remember what went wrong, and when it is tried again."""

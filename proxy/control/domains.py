@@ -219,12 +219,12 @@ class Domains:
     def _is_shown(self, domain: Domain) -> bool:
         """Whether the certificate file has what the store has, without a look at either's content."""
         assert self._file is not None
-        source = domain.served(self._clock.unix())
-        beside = domain.held.get(Source.RSA) if source is Source.ACME else None
+        shown = domain.shown(self._clock.unix())
+        rsa = domain.held.get(Source.RSA)
         return (
-            source is not None
-            and self._file.has(domain.name, domain.held[source].digest)
-            and (beside is None or self._file.has(f"rsa/{domain.name}", beside.digest))
+            bool(shown)
+            and self._file.has(domain.name, domain.held[shown[0]].digest)
+            and (rsa is None or self._file.has(f"rsa/{domain.name}", rsa.digest) == (Source.RSA in shown[1:]))
         )
 
     async def _keep_acme(self) -> None:
@@ -486,16 +486,16 @@ class Domains:
         if self._is_internal(domain):
             await self._provide_internal(domain.name)
             return
-        source = domain.served(self._clock.unix())
-        if source is None:
+        shown = domain.shown(self._clock.unix())
+        if not shown:
             # One that has ended, by this host's clock, stays: that may be the one that is wrong.
             if all(kind is Source.CUSTOM and domain.needs_proof for kind in domain.held):
                 changed = await self._file.remove(domain.name)
                 changed = await self._file.remove(f"rsa/{domain.name}") or changed
-        elif (certificate := await self._keeper.certificate(domain.name, source)) is not None:
+        elif (certificate := await self._keeper.certificate(domain.name, shown[0])) is not None:
             changed = await self._file.put(domain.name, certificate.chain_pem, certificate.key_pem)
             beside = None
-            if source is Source.ACME and Source.RSA in domain.held:
+            if Source.RSA in shown[1:]:
                 beside = await self._keeper.certificate(domain.name, Source.RSA)
             if beside is not None:
                 changed = await self._file.put(f"rsa/{domain.name}", beside.chain_pem, beside.key_pem) or changed

@@ -79,6 +79,31 @@ async def test_renewals_go_on_after_something_unforeseen_and_status_tells_of_it(
     assert "no such thing" in warning and "begun again" in warning
 
 
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_an_rsa_certificate_beside_the_other_is_taken_out_at_its_end(
+    domains: Domains, tmp_path: Path, is_restarted: bool
+) -> None:
+    assert domains._keeper is not None and domains._store is not None
+    domain = kept(domains, HOST, (Source.ACME, Source.RSA))
+    await domains._keeper.add(domain)
+    await until_shown(domains, tmp_path, HOST, f"rsa/{HOST}")
+    ended = msgspec.structs.replace(domain.held[Source.RSA], expires_at=time.time() - 1)
+    domain.held = {**domain.held, Source.RSA: ended}
+    if is_restarted:
+        domains._store.put(domain_key(HOST), msgspec.json.encode(domain))
+        await domains.apply(dataclasses.replace(a_plan(), certs=CertsSection(acme_email="ops@example.com")))
+    else:
+        domains._keeper.look(HOST)
+    reader = PackReader(tmp_path / "run" / "certificates", domains._secret)
+    reader.refresh()
+    async with asyncio.timeout(5):
+        while reader.exact(f"rsa/{HOST}") is not None:
+            await asyncio.sleep(0.02)
+            reader.refresh()
+    assert reader.exact(HOST) is not None
+    reader.close()
+
+
 async def test_what_was_stored_and_not_shown_when_certs_was_changed_is_shown_after(
     domains: Domains, tmp_path: Path
 ) -> None:
