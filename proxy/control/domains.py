@@ -508,12 +508,9 @@ class Domains:
         """Internal names come first when they change, and are looked over for renewals every hour."""
         while True:
             self._changed.clear()
-            assert self._keeper is not None
-            added = [one.name for one in self._keeper.all() if self._is_internal(one)]
+            added = {one.name async for one in self._in_slices() if self._is_internal(one)}
             for name in sorted({*self._configured, *added}):
-                if self._record_of(name) is None and (
-                    name in added or not (name.startswith("*.") or self._is_acme(name))
-                ):
+                if self._internal_of(name) == name and self._record_of(name) is None:
                     await self._provide_internal(name)
                 await asyncio.sleep(0)
             with contextlib.suppress(TimeoutError):

@@ -20,7 +20,7 @@ from proxy.clock import SystemClock
 from proxy.config import CertsSection
 from proxy.control.domains import Domains
 from tests.certs.test_custom import CA, KEY, LEAF
-from tests.control.rig import a_plan
+from tests.control.rig import a_plan, an_app
 
 HOST = "shop.example.com"
 
@@ -77,6 +77,14 @@ async def test_renewals_go_on_after_something_unforeseen_and_status_tells_of_it(
     assert len(failed) == 2
     (warning,) = (await domains.status())["warnings"]
     assert "no such thing" in warning and "begun again" in warning
+
+
+async def test_configured_names_have_their_internal_certificates_before_anybody_asks(
+    domains: Domains, tmp_path: Path
+) -> None:
+    app = an_app(hostnames=("web.apps.localhost", "*.wild.example.com"))
+    await domains.apply(a_plan(app))
+    await until_shown(domains, tmp_path, "web.apps.localhost", "*.wild.example.com")
 
 
 @pytest.mark.parametrize("is_restarted", [False, True])
