@@ -147,13 +147,11 @@ class _Directory(msgspec.Struct, frozen=True):
     newAccount: str
     newOrder: str
     keyChange: str = ""
-    revokeCert: str = ""
     renewalInfo: str = ""
     meta: _DirectoryMeta | None = None
 
 
 class _DirectoryMeta(msgspec.Struct, frozen=True):
-    termsOfService: str = ""
     externalAccountRequired: bool = False
     caaIdentities: tuple[str, ...] = ()
     profiles: dict[str, str] = {}
@@ -191,7 +189,6 @@ class AccountRecord(msgspec.Struct):
     key_pem: str
     url: str = ""  # "": not registered yet
     email: str = ""
-    eab_kid: str = ""
     next_key_pem: str = ""  # of a key rollover that may or may not have reached the CA
     created_at: float = 0.0
 
@@ -344,10 +341,6 @@ class AcmeClient:
         """Tell the CA that it may look."""
         await self._post(challenge_url, {})  # `{}`, not nothing: that would only read it (RFC 8555 §7.5.1)
 
-    async def give_up(self, authorization_url: str) -> None:
-        """Deactivate a pending authorization, so that it does not count against us (RFC 8555 §7.5.2)."""
-        await self._post(authorization_url, {"status": "deactivated"})
-
     async def finalize(self, order: Order, csr_der: bytes) -> Order:
         return self._order(order.url, await self._post(order.finalize_url, {"csr": _b64(csr_der)}))
 
@@ -455,11 +448,7 @@ class AcmeClient:
         if body.status != "valid":
             raise AcmeError(Failure.ACCOUNT, f"the CA says that our account is {_shown(body.status)}")
         url = self._location(answer, "an account")
-        await self._save(
-            msgspec.structs.replace(
-                account, url=url, email=self._email, eab_kid=self._external.kid if self._external else ""
-            )
-        )
+        await self._save(msgspec.structs.replace(account, url=url, email=self._email))
 
     def _binding(self, url: str) -> Json:
         from acme import messages

@@ -113,7 +113,6 @@ class Look:
     is_authoritative: bool = True  # False: a resolver of the operator's was asked
     asked: tuple[str, ...] = ()  # whom that was, or those found
     questions: int = 0
-    took_s: float = 0.0
 
     @property
     def base(self) -> str:

@@ -135,8 +135,6 @@ class Resolver:
 
 
 async def _look(walk: Walk, host: dns.name.Name, now: Callable[[], float]) -> Look:
-    loop = asyncio.get_running_loop()
-    began = loop.time()
     base = dns.name.Name(host[1:]) if host[0] == b"*" else host
     apex, seen = await walk.apex(host)
     above = None
@@ -175,7 +173,6 @@ async def _look(walk: Walk, host: dns.name.Name, now: Callable[[], float]) -> Lo
         is_authoritative=not walk.is_given,
         asked=tuple(map(str, zone.servers if zone is not None else walk.ways.given)),
         questions=walk.questions,
-        took_s=loop.time() - began,
     )
 
 

@@ -86,10 +86,6 @@ class Child:
         child._outbox.extend(one.encode() for one in raw["outbox"])
         return child
 
-    @property
-    def has_unsent(self) -> bool:
-        return bool(self._outbox)
-
     def send(self, message: dict[str, Any]) -> None:
         """Send, or queue until there is room. The queue stays short: equal messages that still wait are one."""
         datagram = json.dumps(message).encode()

@@ -75,9 +75,6 @@ class Pebble:
     def set_servfail(self, host: str) -> None:
         self._tell("set-servfail", {"host": f"{host}."})
 
-    def clear_servfail(self, host: str) -> None:
-        self._tell("clear-servfail", {"host": f"{host}."})
-
     def _tell(self, what: str, body: Mapping[str, object]) -> None:
         request = urllib.request.Request(f"{self.dns_management}/{what}", json.dumps(body).encode(), method="POST")
         with urllib.request.urlopen(request, timeout=10) as answer:

@@ -59,10 +59,6 @@ class Wire(io.RawIOBase):
                 self._socket.close()
                 raise
 
-    @property
-    def tls_version(self) -> str | None:
-        return self._tls.version() if self._tls else None
-
     def _handshake(self, tls: ssl.SSLObject) -> None:
         while True:
             try:

@@ -177,10 +177,6 @@ class Store:
             )
         )
 
-    @property
-    def has_pending(self) -> bool:
-        return bool(self._pending)
-
     def flush(self) -> None:
         """Write what is queued, in one transaction."""
         pending, self._pending = self._pending, []
