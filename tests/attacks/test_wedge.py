@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.attacks.conftest import Begin
 from tests.support.apps import make_app, starts
+from tests.support.disk import fill
 from tests.support.faults import kill_worker
 from tests.support.load import Load, client_ports_of
 from tests.support.processes import descendants, runs, wait_for
@@ -128,36 +126,6 @@ def test_a_worker_whose_loop_is_blocked_is_replaced_within_five_seconds(tmp_path
             assert others == [], load.told()
             load.failures.clear()
         assert knocker.refused == 0
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a file system of 24 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    """Leave no byte on the disk."""
-    ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        size = 1 << 16
-        while size:
-            try:
-                file.write(bytes(size))
-            except OSError:
-                size //= 2
-    assert shutil.disk_usage(folder).free < 4096
-    return ballast
 
 
 def test_without_room_on_the_disk_requests_are_served_and_all_is_well_once_there_is(

@@ -8,41 +8,19 @@ Challenges are TXT records of the CA's test DNS, so that a child that has died l
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 from certs import Certificate
-from certs.challenges import Challenge, ChallengeType, dns_value
 from certs.issuer import AcmeClient
 from certs.order import OrderRun, Want
 from certs.store import SealedStore
+from tests.support.txt_records import TxtRecords
 
 SECRET = bytes(range(32))
-
-
-class TxtRecords:
-    def __init__(self, management: str) -> None:
-        self._management = management
-
-    def types(self, name: str, is_wildcard: bool) -> tuple[ChallengeType, ...]:
-        return (ChallengeType.DNS_01,)
-
-    async def present(self, challenge: Challenge) -> None:
-        value = dns_value(challenge.key_authorization)
-        await asyncio.to_thread(self._tell, "set-txt", {"host": f"_acme-challenge.{challenge.name}.", "value": value})
-
-    async def clean_up(self, challenge: Challenge) -> None:
-        await asyncio.to_thread(self._tell, "clear-txt", {"host": f"_acme-challenge.{challenge.name}."})
-
-    def _tell(self, what: str, body: dict[str, str]) -> None:
-        request = urllib.request.Request(f"{self._management}/{what}", json.dumps(body).encode(), method="POST")
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            answer.read()
 
 
 async def main(store_path: str, directory: str, ca_file: str, management: str, name: str, fatal: str) -> None:

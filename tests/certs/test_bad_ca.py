@@ -5,7 +5,6 @@ In front of a real CA (Pebble) stands one that breaks what a test wants broken.
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import itertools
 import time
@@ -21,7 +20,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
 from certs import Certificate
-from certs.challenges import Challenge, ChallengeType, dns_value
 from certs.errors import AcmeError, Failure
 from certs.issuer import AcmeClient
 from certs.keys import new_key
@@ -46,31 +44,12 @@ from tests.support.faulty_ca import (
     without,
 )
 from tests.support.pebble import Pebble, pebble
+from tests.support.txt_records import TxtRecords
 
 SECRET = bytes(range(32))
 TIMEOUT_S = 0.6
 PATIENCE_S = 1.0
 LONGEST_S = 12.0
-
-
-class Txt:
-    """Shows challenges in the CA's test DNS."""
-
-    def __init__(self, ca: Pebble) -> None:
-        self._ca = ca
-        self.shown: set[str] = set()
-
-    def types(self, name: str, is_wildcard: bool) -> tuple[ChallengeType, ...]:
-        return (ChallengeType.DNS_01,)
-
-    async def present(self, challenge: Challenge) -> None:
-        value = dns_value(challenge.key_authorization)
-        await asyncio.to_thread(self._ca.set_txt, f"_acme-challenge.{challenge.name}", value)
-        self.shown.add(challenge.name)
-
-    async def clean_up(self, challenge: Challenge) -> None:
-        await asyncio.to_thread(self._ca.clear_txt, f"_acme-challenge.{challenge.name}")
-        self.shown.discard(challenge.name)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +73,7 @@ class Case:
         front.window, front.profiles = None, {}
         front.replaced.clear()
         self.front = front
-        self.txt = Txt(real)
+        self.txt = TxtRecords(real.dns_management)
         self.store = SealedStore(folder / "store.db", SECRET, time.time)
 
     async def run(self, want: Want) -> Certificate:

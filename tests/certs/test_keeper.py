@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from certs.budget import OTHERS, Budget, Event, Limit
-from certs.challenges import Challenge, ChallengeType, dns_value
 from certs.domain import Domain, Origin, Source, Trouble, certificate_key
 from certs.errors import Failure
 from certs.issuer import AcmeClient, certificate_id
@@ -22,6 +21,7 @@ from certs.order import KeyType
 from certs.store import SealedStore
 from tests.support.faulty_ca import Fault, FaultyCa, faulty_ca, hang, problem, says
 from tests.support.pebble import Pebble, pebble
+from tests.support.txt_records import TxtRecords
 
 SECRET = bytes(range(32))
 DAY = 86_400.0
@@ -40,26 +40,16 @@ def front(real: Pebble, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fa
         yield made
 
 
-class Around:
+class Around(TxtRecords):
     """What a node would be to its keeper."""
 
     def __init__(self, ca: Pebble) -> None:
-        self._ca = ca
+        super().__init__(ca.dns_management)
         self.missing: dict[str, str] = {}
         self.unowned: set[str] = set()
-        self.shown: list[tuple[str, Source | None]] = []
+        self.served: list[tuple[str, Source | None]] = []
         self.dropped: list[tuple[str, str]] = []
         self.now: Callable[[], float] = time.time
-
-    def types(self, name: str, is_wildcard: bool) -> tuple[ChallengeType, ...]:
-        return (ChallengeType.DNS_01,)
-
-    async def present(self, challenge: Challenge) -> None:
-        value = dns_value(challenge.key_authorization)
-        await asyncio.to_thread(self._ca.set_txt, f"_acme-challenge.{challenge.name}", value)
-
-    async def clean_up(self, challenge: Challenge) -> None:
-        await asyncio.to_thread(self._ca.clear_txt, f"_acme-challenge.{challenge.name}")
 
     async def is_pointed(self, domain: Domain) -> str:
         return self.missing.get(domain.name, "")
@@ -71,7 +61,7 @@ class Around:
         self.dropped.append((domain.name, why))
 
     async def on_certificate(self, domain: Domain) -> None:
-        self.shown.append((domain.name, domain.served(self.now())))
+        self.served.append((domain.name, domain.served(self.now())))
 
 
 class Life:
@@ -147,8 +137,8 @@ async def life(tmp_path: Path, front: FaultyCa, real: Pebble) -> AsyncIterator[L
 async def test_a_name_gets_its_certificate_and_keeps_it_over_a_restart(life: Life) -> None:
     domain = await life.add("a.example.com")
     await life.until(lambda: Source.ACME in domain.held)
-    await life.until(lambda: life.around.shown)
-    assert life.around.shown == [("a.example.com", Source.ACME)] and domain.trouble is None
+    await life.until(lambda: life.around.served)
+    assert life.around.served == [("a.example.com", Source.ACME)] and domain.trouble is None
     serial = domain.held[Source.ACME].serial
     await life.restart()
     again = life.keeper.get("a.example.com")
@@ -177,7 +167,7 @@ async def test_a_certificate_is_renewed_at_two_thirds_of_its_life_and_shown(life
     assert domain.held[Source.ACME] is first and len(life.orders()) == 1
     life.pass_time(0.08 * lasts)
     await life.until(lambda: domain.held[Source.ACME].serial != first.serial)
-    await life.until(lambda: len(life.around.shown) == 2)
+    await life.until(lambda: len(life.around.served) == 2)
     assert life.keeper.renewed == 1
 
 
@@ -257,14 +247,14 @@ async def test_a_brought_certificate_is_shown_once_the_name_is_proven_and_falls_
     assert domain.served(life.now()) is Source.ACME
     life.around.unowned.clear()
     await life.until(lambda: domain.proven_at)
-    await life.until(lambda: life.around.shown[-1][1] is Source.CUSTOM)
+    await life.until(lambda: life.around.served[-1][1] is Source.CUSTOM)
     held = domain.held[Source.CUSTOM]
     import msgspec
 
     domain.held[Source.CUSTOM] = msgspec.structs.replace(held, expires_at=life.now() + 60)
     await life.keeper.add(domain)
     life.pass_time(61)
-    await life.until(lambda: life.around.shown[-1][1] is Source.ACME)
+    await life.until(lambda: life.around.served[-1][1] is Source.ACME)
 
 
 async def test_a_certificate_that_is_lost_is_ordered_anew(life: Life) -> None:

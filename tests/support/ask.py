@@ -20,6 +20,8 @@ class AskServer:
 
     def __init__(self) -> None:
         self.mode: Mode = "no"
+        self.permitted: set[str] = set()  # of these `no` is not said
+        self.delay_s = 0.0  # before each answer
         self.asked: Counter[str] = Counter()
         self.at_once = 0
         self.most_at_once = 0
@@ -61,7 +63,10 @@ class AskServer:
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                self.asked[parse_qs(urlsplit(head.split()[1].decode()).query)["domain"][0]] += 1
+                name = parse_qs(urlsplit(head.split()[1].decode()).query)["domain"][0]
+                self.asked[name] += 1
+                if self.delay_s:
+                    await asyncio.sleep(self.delay_s)
                 if self.mode == "cut":
                     return
                 if self.mode == "hang":
@@ -72,7 +77,8 @@ class AskServer:
                     while True:
                         writer.write(bytes(65_536))
                         await writer.drain()
-                writer.write(f"HTTP/1.1 {_STATUS[self.mode]} So\r\nContent-Length: 0\r\n\r\n".encode())
+                status = _STATUS["yes" if self.mode == "no" and name in self.permitted else self.mode]
+                writer.write(f"HTTP/1.1 {status} So\r\nContent-Length: 0\r\n\r\n".encode())
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass

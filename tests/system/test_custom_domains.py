@@ -6,18 +6,16 @@ import json
 import socket
 import ssl
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from cryptography import x509
 
 from tests.support.apps import make_app
+from tests.support.ask import AskServer
 from tests.support.faults import kill_control
 from tests.support.pebble import Pebble, pebble
 from tests.support.processes import wait_for
@@ -27,44 +25,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 DNS_HOOK = Path(__file__).resolve().parents[2] / "demo" / "dns_hook.py"
 
 
-class Ask:
-    """An app's own answer to whether a name may have a certificate."""
-
-    def __init__(self) -> None:
-        self.permitted: set[str] = set()
-        self.asked: list[str] = []
-        self.delay_s = 0.0
-        self.status = 0  # 0: by what is permitted
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                name = parse_qs(urlsplit(self.path).query)["domain"][0]
-                outer.asked.append(name)
-                time.sleep(outer.delay_s)
-                self.send_response(outer.status or (200 if name in outer.permitted else 404))
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.request_queue_size = 128
-        self.url = f"http://127.0.0.1:{self.server.server_port}/may"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
 class Site:
     """A node with an app, beside a CA that looks for challenges at the node's ports."""
 
-    def __init__(self, node: ServedNode, ca: Pebble, ask: Ask) -> None:
+    def __init__(self, node: ServedNode, ca: Pebble, ask: AskServer) -> None:
         self.node, self.ca, self.ask = node, ca, ask
         self.context = ssl.create_default_context(cadata=ca.roots().decode())
 
@@ -109,7 +73,7 @@ dns_servers = ["{ca.dns}"]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
-    ask = Ask()
+    ask = AskServer()
     node = ServedNode(folder / "node", workers=2)
     try:
         with pebble(folder / "ca", node.http_port, node.https_port) as ca:
@@ -254,12 +218,12 @@ def test_a_name_nobody_added_is_asked_for_once_and_issued_if_permitted(site: Sit
     site.ask.permitted.add("tenant.example.net")
     answer, leaf = site.visit("tenant.example.net")
     assert answer.startswith(b"HTTP/1.1 200 ") and "Pebble" in leaf.issuer.rfc4514_string()
-    assert site.ask.asked.count("tenant.example.net") == 1
+    assert site.ask.asked["tenant.example.net"] == 1
     assert site.visit("tenant.example.net")[1] == leaf
     for _ in range(5):
         with pytest.raises(ssl.SSLError):
             site.visit("stranger.example.net")
-    assert site.ask.asked.count("stranger.example.net") == 1
+    assert site.ask.asked["stranger.example.net"] == 1
 
 
 def test_a_flood_of_invented_names_ends_at_the_bucket_of_their_domain(site: Site) -> None:

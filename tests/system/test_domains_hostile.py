@@ -26,7 +26,8 @@ import pytest
 
 from certs.store import SealedStore
 from tests.attacks import cases
-from tests.attacks.test_wedge import DAY_S, FAKETIME, fill
+from tests.attacks.test_wedge import DAY_S, FAKETIME
+from tests.support.disk import fill
 from tests.support.faults import kill_control
 from tests.support.pebble import Pebble, is_installed, pebble
 from tests.support.plane import static_app
@@ -438,22 +439,6 @@ def test_a_store_that_is_spoilt_is_set_aside_and_named_and_configured_names_are_
         assert list(store.parent.glob("store.db.unusable-*"))
         assert one.leaf_of("own.example.com") != before or kind == "cut in the middle"
         assert "Traceback" not in one.node.log()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a file system of 24 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_without_room_on_the_disk_orders_wait_and_nothing_is_lost(small_disk: Path, tmp_path: Path) -> None:
