@@ -326,9 +326,9 @@ def test_a_huge_rsa_key_is_refused_before_its_primes_are_looked_at() -> None:
     d = pow(e, -1, (p - 1) * (q - 1)) if (p - 1) * (q - 1) % e else 3
     numbers = rsa.RSAPrivateNumbers(p, q, d, d % (p - 1), d % (q - 1), 3, rsa.RSAPublicNumbers(e, p * q))
     pem = pkcs8(numbers.private_key(unsafe_skip_rsa_key_validation=True))
-    began = time.perf_counter()
+    began = time.process_time()
     assert faults(key=pem).keys() & {"large_rsa", "bad_key"}
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 def test_sha1_in_the_chain_is_refused_but_not_in_the_root(tmp_path: Path) -> None:
@@ -386,9 +386,9 @@ def test_any_bytes_are_refused_with_a_reason(chain: bytes, key: bytes) -> None:
 
 
 def test_thousands_of_begins_without_an_end_take_no_time() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert faults(b"-----BEGIN CERTIFICATE-----\n" * 2300, b"-----BEGIN PRIVATE KEY-----\n" * 580)
-    assert time.perf_counter() - began < 0.2
+    assert time.process_time() - began < 0.2
 
 
 def test_the_key_is_in_no_message() -> None:

@@ -236,7 +236,7 @@ def test_a_flood_of_invented_names_ends_at_the_bucket_of_their_domain(site: Site
             site.visit(name)
             served += 1
         except ssl.SSLError:
-            assert time.monotonic() - began < 1.0
+            assert time.monotonic() - began < 2.5, "nobody waits for an order"
     assert served == 3
 
 
@@ -246,7 +246,7 @@ def test_a_slow_ask_fails_the_handshake_in_time(site: Site) -> None:
         began = time.monotonic()
         with pytest.raises(ssl.SSLError):
             site.visit("slow.example.biz")
-        assert time.monotonic() - began < 1.2
+        assert time.monotonic() - began < 2.5, "nobody waits for the answer"
     finally:
         site.ask.delay_s = 0.0
 
