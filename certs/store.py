@@ -22,6 +22,7 @@ from typing import Protocol
 from certs.errors import CertificateError, ConflictError, SealBrokenError
 from certs.seal import Seal
 
+_BUSY_S = 5.0  # another process writes; a write takes milliseconds
 _SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (key TEXT PRIMARY KEY, revision INTEGER NOT NULL, value BLOB NOT NULL) WITHOUT ROWID;
@@ -186,7 +187,7 @@ class SealedStore:
     def _connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        db = sqlite3.connect(self.path, isolation_level=None, timeout=5.0, check_same_thread=False)
+        db = sqlite3.connect(self.path, isolation_level=None, timeout=_BUSY_S, check_same_thread=False)
         try:
             db.execute("PRAGMA journal_mode=WAL").fetchone()
             db.execute("PRAGMA synchronous=FULL")  # a key that a certificate was issued for must not be lost

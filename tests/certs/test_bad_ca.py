@@ -49,6 +49,7 @@ from tests.support.txt_records import TxtRecords
 SECRET = bytes(range(32))
 TIMEOUT_S = 0.6
 PATIENCE_S = 1.0
+NO_PATIENCE_S = 0.3  # where nothing is to come
 LONGEST_S = 12.0
 
 
@@ -72,6 +73,7 @@ class Case:
         front.seen.clear()
         front.window, front.profiles = None, {}
         front.replaced.clear()
+        self.prove_patience_s = self.finalize_patience_s = PATIENCE_S
         self.front = front
         self.txt = TxtRecords(real.dns_management)
         self.store = SealedStore(folder / "store.db", SECRET, time.time)
@@ -83,8 +85,9 @@ class Case:
             request_timeout_s=TIMEOUT_S,
         )  # fmt: skip
         run = OrderRun(
-            client, self.store, self.txt, time.time, "node", prove_patience_s=PATIENCE_S, finalize_patience_s=PATIENCE_S
-        )
+            client, self.store, self.txt, time.time, "node",
+            prove_patience_s=self.prove_patience_s, finalize_patience_s=self.finalize_patience_s,
+        )  # fmt: skip
 
         async def keep(certificate: Certificate) -> None:
             self.store.put("kept", certificate.to_pem())
@@ -217,9 +220,13 @@ async def test_an_order_that_does_not_get_on_is_left_in_time_and_gone_on_with(
 ) -> None:
     want = Want((f"stuck-{endpoint}-{said}.example.com".replace(" ", "-"),))
     case.front.faults.append(Fault(endpoint, act, after=0 if endpoint == "order" else 1))
+    case.finalize_patience_s = NO_PATIENCE_S
+    if endpoint == "authorization":
+        case.prove_patience_s = NO_PATIENCE_S
     error = await case.fails(want)
     assert error.failure is Failure.STUCK and said in str(error)
     case.front.heal()
+    case.prove_patience_s = case.finalize_patience_s = PATIENCE_S
     await case.run(want)
     assert case.front.count("new order") == 1
 
@@ -235,10 +242,12 @@ async def test_an_order_that_is_ready_again_after_each_finalization_is_left_in_t
         return await changed(status=next(told))(request, forward)
 
     case.front.faults += [Fault("order", turns), Fault("finalize", changed(status=statuses[-1]), times=1)]
+    case.finalize_patience_s = NO_PATIENCE_S
     error = await case.fails(want)
     assert error.failure is Failure.STUCK and statuses[-1] in str(error)
     assert case.front.count("finalize") > 1, "it was tried again while there was time"
     case.front.heal()
+    case.finalize_patience_s = PATIENCE_S
     await case.run(want)
     assert case.front.count("new order") == 1
 

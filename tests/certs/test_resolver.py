@@ -527,6 +527,6 @@ def test_no_bytes_from_a_server_bring_a_look_down(data: st.DataObject) -> None:
         return [len(wire).to_bytes(2, "big") + bytes(wire) if transport == "tcp" else bytes(wire)]
 
     with ScriptedDns(answer) as server:
-        seen = Resolver((server.at,), 0.05, total_s=0.3).look("x.test")
+        seen = Resolver((server.at,), 0.02, total_s=0.1).look("x.test")
     assert repr(seen).isprintable()
     diagnose(seen, Wanted("x.test", (NODE_V4,), (NODE_V6,), "y.test", caa_identities=("ca.example",)), 0.0)
