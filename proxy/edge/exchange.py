@@ -279,7 +279,7 @@ class Exchange:
         """Send it to a machine, or wait for one."""
         app, port = self.app, self.port
         assert app is not None and port is not None
-        if app.sites and self.hop is None:
+        if app.sites and self.hop is None and (self.trip is None or not self.trip.is_here):
             pick_site(self)
             return
         machine = port.service.sole

@@ -7,6 +7,7 @@ Of this node's own machines choice.py chooses, as for any other app.
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Final
 
 from proxy.decide.balance import Preference
@@ -38,15 +39,17 @@ _BOUNCES: Final = frozenset(
 class Trip:
     """Where a request has been. The node of a stop, and whether it may be woken for or wait in line there."""
 
-    __slots__ = ("_been", "_last", "_node")
+    __slots__ = ("_been", "_last", "_node", "is_here")
 
     def __init__(self) -> None:
         self._been: set[tuple[str, bool, bool]] = set()
         self._node = ""
         self._last: ProxyError | None = None
+        self.is_here = False  # a machine of this node is to serve it, and has not failed to yet
 
-    def stop_at(self, node: str, may_wake: bool, may_wait: bool) -> None:
+    def stop_at(self, node: str, is_here: bool, may_wake: bool, may_wait: bool) -> None:
         self._node = node
+        self.is_here = is_here
         self._been.add((node, may_wake, may_wait))
 
     def has_been(self, node: str, may_wake: bool, may_wait: bool) -> bool:
@@ -73,6 +76,7 @@ class Trip:
             site.refused(port.service.internal_port, exchange.edge.wheel.now + _FULL_S)
         self._last = error
         self._node = ""
+        self.is_here = False
         exchange.leave_target()
         exchange.choose_again()
         return True
@@ -101,11 +105,11 @@ def pick_site(exchange: Exchange) -> None:
     site, may_wake, may_wait = step
     exchange.may_wake, exchange.may_wait = may_wake, may_wait
     if site is None:
-        trip.stop_at(exchange.edge.settings.node, may_wake, may_wait)
+        trip.stop_at(exchange.edge.settings.node, True, may_wake, may_wait)
         exchange.tried = None
         pick(exchange)
     else:
-        trip.stop_at(site.node, may_wake, may_wait)
+        trip.stop_at(site.node, False, may_wake, may_wait)
         exchange.attempt_peer(site, "")
 
 
@@ -130,7 +134,7 @@ def _next(exchange: Exchange, trip: Trip) -> _Step | None:
     if want is not None and want.prefer is not None and want.prefer not in app.machines:
         site = app.site_of(want.prefer)
         is_new = site is not None and not trip.has_been(site.node, False, False)
-        if site is not None and is_new and _there(site, service, now)[0] is not None:
+        if site is not None and is_new and _there(site, service, now, edge.rng).band >= 0:
             return site, False, False
     ranks = edge.region_ranks
     own = RegionCode(edge.region)
@@ -140,20 +144,18 @@ def _next(exchange: Exchange, trip: Trip) -> _Step | None:
         wish = wish_for.rank(region) if wish_for is not None else 0
         if wish is None:
             continue
+        if site is None:
+            node, away, seen = here, 0, _here(service, edge)
+        else:
+            node, away, seen = site.node, 1, _there(site, service, now, edge.rng)
         rank = -1 if region == own else ranks.get(region, len(ranks))
-        node = here if site is None else site.node
-        runs, sleeps = _here(service, edge) if site is None else _there(site, service, now)
-        if site is None and edge.is_drained:
-            if (runs is not None or sleeps) and not trip.has_been(node, True, True):
-                stops.append(((wish, 3, 0, 0, 0, 0.0), (None, True, True)))  # better than nowhere
-            continue
-        away = 0 if site is None else 1
-        if runs is not None and not trip.has_been(node, False, False):
-            stops.append(((wish, 0, rank, runs, away, edge.rng.random()), (site, False, False)))
-        if sleeps and service.record.autostart and not trip.has_been(node, True, False):
+        is_last = site is None and edge.is_drained  # better than nowhere
+        if seen.band >= 0 and not is_last and not trip.has_been(node, False, False):
+            stops.append(((wish, 0, rank, seen.band, away, edge.rng.random()), (site, False, False)))
+        if seen.sleeps and not is_last and service.record.autostart and not trip.has_been(node, True, False):
             stops.append(((wish, 1, rank, 0, away, edge.rng.random()), (site, True, False)))
-        if (runs is not None or sleeps) and not trip.has_been(node, True, True):
-            stops.append(((wish, 2, rank, 0, away, edge.rng.random()), (site, True, True)))
+        if (seen.runs or seen.sleeps) and not trip.has_been(node, True, True):
+            stops.append(((wish, 3 if is_last else 2, rank, 0, away, edge.rng.random()), (site, True, True)))
     return min(stops, key=lambda one: one[0])[1] if stops else None
 
 
@@ -166,11 +168,21 @@ def _to_the_machine(exchange: Exchange, trip: Trip, want: Preference) -> _Step |
     return site, True, True
 
 
-def _here(service: ServiceView, edge: EdgeContext) -> tuple[int | None, bool]:
-    """The band of the machines that run here (0 = some below its soft limit; None = none that may get more), and
-    whether one sleeps."""
+class _Seen:
+    """An app's machines at a node: the band of the least loaded that may be chosen (0 below its soft limit, 1 below its
+    hard one, -1 none), whether any runs, and whether one sleeps."""
+
+    __slots__ = ("band", "runs", "sleeps")
+
+    def __init__(self, band: int, runs: bool, sleeps: bool) -> None:
+        self.band = band
+        self.runs = runs
+        self.sleeps = sleeps
+
+
+def _here(service: ServiceView, edge: EdgeContext) -> _Seen:
     record = service.record
-    band: int | None = None
+    band = -1
     for one in service.running:
         load = edge.in_flight(one.slot)
         if load < record.soft_limit:
@@ -178,24 +190,26 @@ def _here(service: ServiceView, edge: EdgeContext) -> tuple[int | None, bool]:
             break
         if record.hard_limit is None or load < record.hard_limit:
             band = 1
-    return band, any(_can_be_woken(one.record.state) for one in service.machines)
+    sleeps = any(_can_be_woken(one.record.state) for one in service.machines)
+    return _Seen(band, bool(service.running) or service.is_failing, sleeps)
 
 
-def _there(site: SiteView, service: ServiceView, now: float) -> tuple[int | None, bool]:
+def _there(site: SiteView, service: ServiceView, now: float, rng: random.Random) -> _Seen:
     peer, port = site.target.peer, service.internal_port
     assert peer is not None
     if not peer.record.is_up:
-        return None, False
+        return _Seen(-1, False, False)
     groups = service.record.processes
     machines = [one for one in site.machines if one.group in groups and not one.cordoned]
-    running = [one for one in machines if one.state is MachineState.STARTED and port not in one.failing_ports]
+    started = [one for one in machines if one.state is MachineState.STARTED]
     sleeps = any(_can_be_woken(one.state) for one in machines)
-    if not running or site.is_full(port, now):
-        return None, sleeps
+    healthy = any(port not in one.failing_ports for one in started)
+    is_avoided = peer.passive is not None and peer.passive.is_avoided(now)
+    if not healthy or is_avoided or site.is_full(port, now) or rng.random() >= peer.record.share:
+        return _Seen(-1, bool(started), sleeps)
     load = site.load(port)
-    if load is None or load.below_soft:
-        return 0, sleeps
-    return (1 if load.below_hard else None), sleeps
+    band = 0 if load is None or load.below_soft else 1 if load.below_hard else -1
+    return _Seen(band, True, sleeps)
 
 
 def _can_be_woken(state: MachineState) -> bool:

@@ -401,6 +401,71 @@ async def test_load_soft_limits_do_not_push_out_of_a_region_hard_ones_do(ams: No
     assert all(one.endswith(b"ok") for one in await asyncio.gather(*held))
 
 
+@pytest.mark.parametrize("where", ["here", "there"])
+async def test_with_all_full_a_request_waits_in_line_and_is_served(
+    ams: NodeHarness, iad: NodeHarness, where: str
+) -> None:
+    """At this node if it has machines, else at the nearest that has."""
+    release = asyncio.Event()
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await read_head(reader)
+            await release.wait()
+            writer.write(OK)
+
+    async def one_at_a_time(node: NodeHarness, name: str) -> None:
+        origin = await node.origin(slow)
+        app = node.app(node.machine(origin.port, name))
+        node.set_app(dataclasses.replace(app, services=(dataclasses.replace(app.services[0], hard_limit=1),)))
+
+    await one_at_a_time(iad, "m2")
+    if where == "here":
+        await one_at_a_time(ams, "m1")
+    else:
+        app = ams.app()
+        ams.set_app(dataclasses.replace(app, services=(dataclasses.replace(app.services[0], hard_limit=1),)))
+    ams.know(iad, ams.app())
+    asked = [asyncio.create_task(ams.request(GET)) for _ in range(5)]
+    await asyncio.sleep(0.1)
+    ams.know(iad, ams.app(), RemoteLoad(ams.app().name, 8080, 0, 0, 1))
+    asked += [asyncio.create_task(ams.request(GET)) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    assert not any(one.done() for one in asked)
+    release.set()
+    answers = await asyncio.gather(*asked)
+    assert [status(one) for one in answers] == [200] * 8, [error(one) for one in answers]
+
+
+async def test_a_node_that_failed_several_requests_is_the_last_to_be_asked(
+    ams: NodeHarness, iad: NodeHarness, syd: NodeHarness
+) -> None:
+    await put(syd, answers(OK.replace(b"ok", b"SY")), "m2")
+    app = ams.app()
+    ams.set_app(app)
+    ams.edge.region_ranks = {"ams": 0, "iad": 1, "syd": 2}  # type: ignore[dict-item]
+    ams.know(iad, app, port=1, machines=(RemoteMachine(MachineId("m1"), "app", MachineState.STARTED),))
+    ams.know(syd, app)
+    for _ in range(10):
+        assert (await ams.request(GET)).endswith(b"SY")
+    assert counted(ams, W_PEER_REQUESTS) < 10 + 5  # the first few found out
+
+
+async def test_a_node_that_has_come_back_gets_its_share(ams: NodeHarness, iad: NodeHarness, syd: NodeHarness) -> None:
+    await put(iad, answers(OK.replace(b"ok", b"IA")), "m1")
+    await put(syd, answers(OK.replace(b"ok", b"SY")), "m2")
+    app = ams.app()
+    ams.set_app(app)
+    ams.edge.region_ranks = {"ams": 0, "iad": 1, "syd": 2}  # type: ignore[dict-item]
+    ams.know(iad, app)
+    ams.know(syd, app)
+    ams.edge.table.set_peer(dataclasses.replace(iad.peer, share=0.3))
+    bodies = [(await ams.request(GET))[-2:] for _ in range(100)]
+    assert 10 < bodies.count(b"IA") < 55
+    ams.edge.table.set_peer(dataclasses.replace(iad.peer, is_up=False))
+    assert {(await ams.request(GET))[-2:] for _ in range(10)} == {b"SY"}
+
+
 # --- who is no peer
 
 
