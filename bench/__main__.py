@@ -1,4 +1,4 @@
-"""`python -m bench [load|paced|wake|balance|replay|memory|domains|certificates|micro|profile|soak] [options]`
+"""`python -m bench [load|paced|wake|balance|replay|crossing|memory|domains|certificates|micro|profile|soak] [options]`
 
 Without a name, all but the last two.
 """
@@ -11,7 +11,7 @@ import sys
 
 from bench.processes import BenchError
 
-MEASURED = ("micro", "load", "paced", "wake", "balance", "replay", "memory", "domains", "certificates")
+MEASURED = ("micro", "load", "paced", "wake", "balance", "replay", "crossing", "memory", "domains", "certificates")
 
 
 def main(given: list[str]) -> int:
