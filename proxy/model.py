@@ -240,6 +240,7 @@ class Peer:
     host: str  # where its backhaul is
     port: int
     is_up: bool = True  # its lease holds and it does not drain
+    is_silent: bool = False  # its lease does not hold: what is under way there may never be answered
     share: float = 1.0  # of the requests that it would get: a node that has just come back gets few at first
     rtt_s: float = 0.0  # 0 = not measured
 

@@ -315,7 +315,8 @@ class Peers:
             return  # this control has just begun: workers go by what the one before knew
         outgoing = self._outgoing.get(node.name)
         rtt_s = round(outgoing.pair.value_s, 4) if outgoing is not None else 0.0
-        peer = Peer(node.name, node.region, node.host, node.port, is_up, node.share(now), rtt_s)
+        is_silent = not node.is_heard(now)
+        peer = Peer(node.name, node.region, node.host, node.port, is_up, is_silent, node.share(now), rtt_s)
         if peer != node.told:
             was_up = node.told is not None and node.told.is_up
             node.told = peer

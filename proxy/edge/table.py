@@ -393,9 +393,12 @@ class Table:
         if view is None:
             self.peers[record.name] = PeerView(record)
             return
+        was_silent = view.record.is_silent
         if (view.record.host, view.record.port) != (record.host, record.port):
             view.close_pool()
         view.record = record
+        if record.is_silent and not was_silent and view.pool is not None:
+            view.pool.give_up()
 
     def forget_pools(self) -> None:
         """Connections to peers that are made from now on show another certificate."""

@@ -59,6 +59,10 @@ class UpstreamUser(Connecting, Protocol):
     def on_upstream_read(self) -> None: ...
     def on_upstream_eof(self) -> bool: ...
     def on_upstream_failed(self, error: ProxyError) -> None: ...
+
+    @property
+    def may_be_sent_twice(self) -> bool: ...
+
     def on_upstream_pause(self) -> None: ...
     def on_upstream_resume(self) -> None: ...
 
@@ -111,6 +115,8 @@ class UpstreamConnection(asyncio.Protocol):
     def begin(self, user: UpstreamUser, head_only: bool) -> None:
         self._user = user
         self.answered = False
+        if self.pool.in_use is not None:
+            self.pool.in_use.add(self)
         reader = self._reader
         reader.sink = user
         reader.expect(head_only)
@@ -150,6 +156,8 @@ class UpstreamConnection(asyncio.Protocol):
         if self._corked:
             self.uncork()
         self._user = None
+        if self.pool.in_use is not None:
+            self.pool.in_use.discard(self)
         self._reader.sink = _NOBODY
         self.reused = True
         if clean and not self.gate.pauses and self.pool.keep(self):
@@ -158,11 +166,22 @@ class UpstreamConnection(asyncio.Protocol):
         self._wheel.arm(self, CLOSE_S)  # what it has not taken by then is given up
         self.transport.close()
 
+    def give_up(self) -> None:
+        """Nothing may ever come back: end it, if who waits can ask elsewhere."""
+        user = self._user
+        if user is None or self.answered or not user.may_be_sent_twice:
+            return
+        self.abort()
+        error = ProxyError(Code.REQUEST_UNFINISHED, Source.UPSTREAM, Retry.REUSED_CONNECTION, "the node is silent")
+        user.on_upstream_failed(error)
+
     def abort(self) -> None:
         """End it at once: what it carried is of no use to anybody."""
         self._corked = False
         self._out = []
         self._user = None
+        if self.pool.in_use is not None:
+            self.pool.in_use.discard(self)
         self._reader.sink = _NOBODY
         self.transport.abort()
 
@@ -213,6 +232,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._wheel.drop(self)
+        if self.pool.in_use is not None:
+            self.pool.in_use.discard(self)
         self.pool.count_disconnect()
         user, self._user = self._user, None
         self._reader.close()
@@ -239,6 +260,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_deadline(self) -> None:
         user, self._user = self._user, None
+        if self.pool.in_use is not None:
+            self.pool.in_use.discard(self)
         if user is None:
             self.pool.discard(self)
             self.transport.abort()
@@ -256,7 +279,7 @@ class Pool:
 
     __slots__ = (
         "_app_base", "_closed", "_given", "_idle", "_keeps", "_warm", "_warming", "connect_timeout_s", "edge",
-        "endpoint", "idle_s", "netns_pid", "rules", "tls",
+        "endpoint", "idle_s", "in_use", "netns_pid", "rules", "tls",
     )  # fmt: skip
 
     def __init__(
@@ -271,6 +294,7 @@ class Pool:
     ) -> None:
         """`app_base`: the app's counters, -1 for a peer's pool, which has `tls`."""
         self.tls = tls
+        self.in_use: set[UpstreamConnection] | None = None if tls is None else set()  # a peer's, while they carry one
         self.idle_s = IDLE_S if tls is None else PEER_IDLE_S
         self.rules: FieldRules = RESPONSE_RULES if tls is None else PEER_RESPONSE_RULES
         self.edge = edge
@@ -355,6 +379,13 @@ class Pool:
         self.drop_warm()
         while self._idle:
             self._idle.pop().transport.close()
+
+    def give_up(self) -> None:
+        """The peer has gone silent: what it has not begun to answer goes elsewhere, where that is safe."""
+        while self._idle:
+            self._idle.pop().transport.abort()
+        for connection in list(self.in_use or ()):
+            connection.give_up()
 
     def count_connect(self, us: int) -> None:
         if self._app_base >= 0:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from proxy.cli.wan import Wan
 from tests.support.processes import wait_for
 from tests.support.serve import ServedNode, free_ports
 
@@ -25,9 +26,10 @@ class FleetOfNodes:
         apps: Callable[[str, Path], str] = lambda name, folder: "",
         *,
         workers: int = 1,
-        listen: Mapping[str, str] | None = None,
+        wan: Wan | None = None,
     ) -> None:
-        """`apps(node, folder)`: the part of a node's config.toml after [listen]."""
+        """`apps(node, folder)`: the part of a node's config.toml after [listen]. With a `wan`, nodes reach each other
+        by its links, named as they are."""
         self._stack = contextlib.ExitStack()
         self.nodes: dict[str, ServedNode] = {}
         self._ports = dict(zip(regions, free_ports(len(regions)), strict=True))
@@ -35,9 +37,18 @@ class FleetOfNodes:
             place = folder / name
             place.mkdir(parents=True)
             self.nodes[name] = ServedNode(
-                place, apps(name, place), workers=workers, name=name, region=region,
-                listen=f'backhaul = "127.0.0.1:{self._ports[name]}"\n' + (listen or {}).get(name, ""),
+                place, self._peers(name, regions, wan) + apps(name, place), workers=workers, name=name, region=region,
+                listen=f'backhaul = "127.0.0.1:{self._ports[name]}"',
             )  # fmt: skip
+
+    def _peers(self, name: str, regions: Mapping[str, str], wan: Wan | None) -> str:
+        text = ""
+        for other, region in regions.items() if wan is not None else ():
+            if other != name:
+                assert wan is not None
+                host, port = wan.link(name, other, ("127.0.0.1", self._ports[other]))
+                text += f'\n[[peers]]\nname = "{other}"\nregion = "{region}"\nbackhaul = "{host}:{port}"\n'
+        return text
 
     def __getitem__(self, name: str) -> ServedNode:
         return self.nodes[name]
