@@ -168,11 +168,14 @@ def test_without_room_on_the_disk_requests_are_served_and_all_is_well_once_there
 
 
 def serving(node: ServedNode, known: set[int]) -> bool:
-    """Whether a process that was not there before has connections of clients."""
-    for pid in descendants(node.pid) - known:
-        with contextlib.suppress(OSError):
-            if client_ports_of(pid, {node.http_port, node.https_port}):
-                return True
+    """Whether a process that was not there before has connections of clients. One more is made: those there are may all
+    have met the other worker."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", node.http_port), 5):
+        time.sleep(0.02)  # to be accepted
+        for pid in descendants(node.pid) - known:
+            with contextlib.suppress(OSError):
+                if client_ports_of(pid, {node.http_port, node.https_port}):
+                    return True
     return False
 
 

@@ -61,7 +61,7 @@ def test_a_round_trip_takes_what_the_link_says_and_changes_at_once(wan: Wan, ech
         for rtt_s in (0.0, 0.08, 0.02):
             wan.set("a", "b", rtt_s=rtt_s)
             took = min(round_trip_s(sock) for _ in range(5))  # the least: the host may be busy
-            assert rtt_s <= took < rtt_s + 0.01
+            assert rtt_s - 0.001 <= took < rtt_s + 0.01  # a timer may be a hair early
 
 
 def test_jitter_keeps_the_order_and_loses_nothing(wan: Wan, echo: tuple[str, int]) -> None:
