@@ -281,11 +281,15 @@ admin = "127.0.0.1:{self.admin_port}"
         return wait_for(found, seconds, lambda: f"a machine of {app} {state}: {self.machines(app)}\n{self.log()}")
 
     def cli(self, *arguments: str, status: int = 0, timeout: float = 60.0) -> str:
-        """Standard output of `wakefront ARGUMENTS`, which finds this node by WAKEFRONT_CONFIG."""
+        """Standard output of `wakefront ARGUMENTS`, which finds this node by WAKEFRONT_CONFIG.
+
+        Where a test gives the node another clock (libfaketime), the command keeps the real one: libfaketime refuses
+        Python's sleep until a moment of the monotonic clock with EINVAL.
+        """
         done = subprocess.run(
             [wakefront(), *arguments],
             cwd=self.folder,
-            env=self._env,
+            env={name: value for name, value in self._env.items() if name != "LD_PRELOAD"},
             capture_output=True,
             text=True,
             timeout=timeout,
