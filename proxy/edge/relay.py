@@ -64,12 +64,14 @@ class Tunnel:
             return
         if not self._is_leaving:
             self._wheel.arm(self, self._idle_s)
+        if self._frames is not None:
+            taken = self._frames.feed(data, to_boundary=self._is_leaving)
+            if taken < len(data):  # the goodbye comes between these two frames
+                data = data[:taken]
         self._exchange.stream.send_data(data)
         self._exchange.stream.flush()
-        if self._frames is not None:
-            self._frames.feed(data)
-            if self._is_leaving:
-                self._say_goodbye()
+        if self._is_leaving:
+            self._say_goodbye()
 
     def client_eof(self) -> bool:
         """The client sends no more. True: the machine may still send."""
@@ -111,8 +113,7 @@ class Tunnel:
             self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        assert self._frames is not None
-        if self._frames.at_boundary:
+        if self._frames is not None and self._frames.at_boundary:
             self._said_goodbye = True
             self._wheel.arm(self, GOODBYE_S)
             self._exchange.stream.send_data(_GOING_AWAY)

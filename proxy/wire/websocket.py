@@ -30,8 +30,11 @@ class FrameTracker:
         """Whether a frame may be put in here: the last one is whole, and it did not say goodbye."""
         return not (self._left or self._head or self.saw_close or self.is_lost)
 
-    def feed(self, data: bytes) -> None:
-        """Take what goes by. Constant state; costs nothing by the byte."""
+    def feed(self, data: bytes, to_boundary: bool = False) -> int:
+        """Take what goes by, or only up to where a frame may be put in. How many bytes of `data` that is.
+
+        Constant state; costs nothing by the byte.
+        """
         at, end = 0, len(data)
         while at < end and not self.is_lost:
             if self._left:
@@ -40,6 +43,9 @@ class FrameTracker:
                 at += step
             else:
                 at += self._take_head(data, at)
+            if to_boundary and self.at_boundary:
+                return at
+        return end
 
     def _take_head(self, data: bytes, at: int) -> int:
         """Read the head of a frame, or as much as there is. How many bytes of `data` it took."""

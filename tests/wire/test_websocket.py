@@ -70,6 +70,22 @@ def test_however_it_is_cut_the_tracker_knows_whether_it_stands_between_two_frame
     assert tracker.at_boundary and not tracker.saw_close and not tracker.is_lost
 
 
+@given(st.lists(frames(), min_size=1, max_size=6), st.integers(0, 1 << 20), st.integers(0, 1 << 20))
+def test_asked_for_a_place_in_what_comes_it_takes_no_more_than_up_to_the_next_one(
+    sent: list[Frame], start: int, more: int
+) -> None:
+    data = b"".join(one.encode() for one in sent)
+    ends = list(accumulate(len(one.encode()) for one in sent))
+    start %= len(data)
+    tracker = FrameTracker()
+    tracker.feed(data[:start])
+    piece = data[start : start + 1 + more % len(data)]
+    taken = tracker.feed(piece, to_boundary=True)
+    following = next(one for one in ends if one > start)
+    assert taken == min(len(piece), following - start)
+    assert tracker.at_boundary == (start + taken == following)
+
+
 @given(st.lists(frames(), min_size=1, max_size=3))
 def test_byte_by_byte_is_the_same_as_at_once(sent: list[Frame]) -> None:
     data = b"".join(one.encode()[:400] for one in sent)  # may end within a frame

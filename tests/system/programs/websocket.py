@@ -1,6 +1,7 @@
-"""A machine that speaks WebSocket to whoever connects: text frames without end, each in two pieces. Standard library.
+"""A machine that speaks WebSocket to whoever connects: text frames without end. Standard library.
 
-Sent in pieces, the next byte of its stream is seldom the first of a frame. What the client sends is not looked at.
+What it sends at a time ends in the middle of a frame, always: a frame's end and the next one's beginning come in one
+piece. What the client sends is not looked at.
 """
 
 import base64
@@ -34,12 +35,12 @@ def serve(client: socket.socket) -> None:
         head = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         try:
             client.sendall(head + b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n")
-            place = 0
+            place, rest = 0, b""
             while True:
                 place = place % (len(_FRAME) - 1) + 1
-                client.sendall(_FRAME[:place])
+                client.sendall(rest + _FRAME[:place])
+                rest = _FRAME[place:]
                 time.sleep(0.01)
-                client.sendall(_FRAME[place:])
         except OSError:
             return
 
