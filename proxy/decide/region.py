@@ -1,7 +1,7 @@
 """Regions by name: what a list such as `iad,ord,us,any` means among the regions there are (spec routing §2.1, §3).
 
 Which of several is nearest, and which have room, is not known here: an area is a set, and the order inside it is the
-caller's. Codes that are not Fly's are an operator's own; they belong to no area but `any`.
+caller's. Codes that are not Fly's are an operator's own; they belong to no area but `any`. Where they lie: places.py.
 """
 
 from __future__ import annotations
@@ -10,21 +10,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from proxy.decide.places import FLY
 from proxy.model import RegionCode
 
 ANY: Final = "any"
 
-_US = frozenset({"atl", "bos", "den", "dfw", "ewr", "iad", "lax", "mia", "ord", "phx", "sea", "sjc"})
 
-# Fly publishes the aliases and the codes, not which code is in which alias: this is geography. Mexico is in North
-# America, India in Asia-Pacific; Johannesburg is in no area that has a name.
+def _in(*areas: str) -> frozenset[str]:
+    return frozenset(code for code, place in FLY.items() if place.area in areas)
+
+
+# Fly publishes the aliases and the codes, not which code is in which alias: that is geography (places.FLY).
 AREAS: Final = {
-    "apac": frozenset({"bom", "hkg", "nrt", "sin", "syd"}),
-    "eu": frozenset({"ams", "arn", "cdg", "fra", "lhr", "mad", "otp", "waw"}),
-    "na": _US | {"gdl", "phx", "qro", "yul", "yyz"},
-    "sa": frozenset({"bog", "eze", "gig", "gru", "scl"}),
-    "us": _US,
-    "usa": _US,
+    "apac": _in("apac"),
+    "eu": _in("eu"),
+    "na": _in("us", "na"),
+    "sa": _in("sa"),
+    "us": _in("us"),
+    "usa": _in("us"),
+}
+_AREAS_OF: Final[dict[str, tuple[str, ...]]] = {
+    code: tuple(name for name, area in AREAS.items() if code in area) for code in FLY
 }
 
 
@@ -42,10 +48,19 @@ class RegionWish:
 
     def rank(self, region: str) -> int | None:
         """Which of the names is the first that means this region; the last rank where none does, None if forced."""
+        return self.ranks((region,))[0]
+
+    def ranks(self, regions: Iterable[str]) -> list[int | None]:
+        """The rank of each. A client may name 64 areas: they are gone through once, not for every region."""
+        first: dict[str, int] = {}
         for at, name in enumerate(self.names):
-            if names_region(name, region):
-                return at
-        return None if self.is_forced else len(self.names)
+            first.setdefault(name, at)
+        last = None if self.is_forced else len(self.names)
+        ranks: list[int | None] = []
+        for region in regions:
+            found = [first[name] for name in (region, ANY, *_AREAS_OF.get(region, ())) if name in first]
+            ranks.append(min(found) if found else last)
+        return ranks
 
 
 def expand_regions(

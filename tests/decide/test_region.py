@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.decide.region import AREAS, expand_regions, names_region
+from proxy.decide.region import AREAS, RegionWish, expand_regions, names_region
 from proxy.model import RegionCode
 
 FLY = [
     "ams", "arn", "atl", "bog", "bom", "bos", "cdg", "den", "dfw", "ewr", "eze", "fra", "gdl", "gig", "gru", "hkg",
     "iad", "jnb", "lax", "lhr", "mad", "mia", "nrt", "ord", "otp", "phx", "qro", "scl", "sea", "sin", "sjc", "syd",
-    "waw", "yul", "yyz",
+    "waw", "yul", "yyz", "maa", "mrs", "vin",
 ]  # fmt: skip
 codes = st.sampled_from([*FLY, "home", "eu", "lab-2"])
 
@@ -66,3 +66,13 @@ def test_each_region_comes_once_and_exactly_those_that_some_name_means(
     assert len(flat) == len(set(flat))
     assert set(flat) == {one for one in (local, *known) if any(names_region(name, one) for name in names)}
     assert all(expanded)
+
+
+@given(st.lists(st.sampled_from([*FLY, *AREAS, "any", "home", "zz"]), max_size=8), st.lists(codes, max_size=8))
+def test_a_regions_rank_is_that_of_the_first_name_that_means_it(names: list[str], known: list[str]) -> None:
+    for is_forced in (False, True):
+        expected = [
+            next((at for at, name in enumerate(names) if names_region(name, one)), None if is_forced else len(names))
+            for one in known
+        ]
+        assert RegionWish(tuple(names), is_forced).ranks(known) == expected
