@@ -13,6 +13,8 @@ import timeit
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from msgspec.structs import replace
+
 from bench.load import FIELDS
 from bench.peers import HOST
 from bench.processes import BenchError, cores
@@ -21,10 +23,13 @@ from bench.whole_request import whole_request
 from proxy.decide import headers
 from proxy.decide.balance import choose_machine
 from proxy.decide.ewma import MachineScores, parse_load
+from proxy.decide.nearest import ANYWHERE, Ask, Site, Sites, next_step
+from proxy.decide.places import FLY
+from proxy.decide.region import RegionWish
 from proxy.decide.replay import _parse, parse_header
 from proxy.decide.ulid import UlidMaker
 from proxy.edge.access_record import Record, json_line, text_line
-from proxy.model import Balance
+from proxy.model import Balance, NodeName, RegionCode
 from proxy.state import SharedMemory
 from proxy.wire.client_hello import HelloReader
 from proxy.wire.http1 import Headers, Limits, RequestHead, RequestReader, ResponseHead, ResponseReader
@@ -124,6 +129,21 @@ def _choose(count: int, policy: Balance = Balance.FLY, is_full: bool = False) ->
     return lambda: choose_machine(slots, in_flight, 20, 25, rng, policy, scores, now)
 
 
+def _choose_node(here: Site, there: Site, ask: Ask = ANYWHERE, count: int = 35) -> Callable[[], object]:
+    """Of an app with nodes in all of Fly's regions, `ams` being this one's; all others stand alike."""
+    own = replace(here, node=NodeName("own"), region=RegionCode("ams"))
+    regions = [region for region in FLY if region != own.region]
+    sites, rng = Sites(own.region), random.Random(1)
+    for at in range(count):
+        sites.put(replace(there, node=NodeName(f"n{at}"), region=regions[at % len(regions)]))
+    sites.rank({region: rank for rank, region in enumerate((own.region, *regions))})
+    return lambda: next_step(ask, own, sites, rng)
+
+
+def _site(below_soft: int = 0, below_hard: int = 0, full: int = 0, startable: int = 0) -> Site:
+    return Site(NodeName(""), RegionCode(""), below_soft, below_hard, full, 0, startable)
+
+
 def _observe() -> Callable[[], object]:
     scores, rng = MachineScores(), random.Random(1)
     return lambda: scores.observe(7, 1000.0 + rng.random(), rng.random())
@@ -173,6 +193,14 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "choose of 1,000, least-loaded": lambda: _choose(1_000, Balance.LEAST_LOADED),
     "choose of 1,000, peak-ewma": lambda: _choose(1_000, Balance.PEAK_EWMA),
     "choose of 1,000, app-load": lambda: _choose(1_000, Balance.APP_LOAD),
+    "choose of 36 nodes, room here": lambda: _choose_node(_site(1), _site(1)),
+    "choose of 36 nodes, none here": lambda: _choose_node(_site(), _site(1)),
+    "choose of 36 nodes, all asleep": lambda: _choose_node(_site(), _site(startable=1)),
+    "choose of 36 nodes, all above their soft limit": lambda: _choose_node(_site(0, 1), _site(0, 1)),
+    "choose of 36 nodes, the same and some asleep": lambda: _choose_node(_site(0, 1), _site(0, 1, startable=1)),
+    "choose of 36 nodes, all full": lambda: _choose_node(_site(full=1), _site(full=1)),
+    "choose of 36 nodes, us preferred": lambda: _choose_node(_site(1), _site(1), Ask(wish=RegionWish(("us",)))),
+    "choose of 300 nodes, all full": lambda: _choose_node(_site(full=1), _site(full=1), count=300),
     "read a fly-replay header seen before": lambda: lambda: parse_header(b"region=ams;state=http_method"),
     "read a fly-replay header for the first time": lambda: lambda: _parse(b"region=ams;state=http_method"),
     "note a response time": _observe,

@@ -64,6 +64,14 @@ class WakeOn(enum.StrEnum):
     REQUEST = "request"  # only a whole request head starts it
 
 
+class WakeMode(enum.StrEnum):
+    """Where an app is woken, if some of its machines run and others are nearer (all but `fly` are ours)."""
+
+    FLY = "fly"  # what runs, anywhere, serves; something is started where nothing does (spec machines §3)
+    NEAREST = "nearest"  # the nearest region that has machines serves, even if one must be started there
+    RACE = "race"  # what runs serves at once, and meanwhile a nearer one is started for those who come later
+
+
 class RestartPolicy(enum.StrEnum):
     NO = "no"
     ON_FAILURE = "on-failure"
