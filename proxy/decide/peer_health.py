@@ -147,13 +147,19 @@ class Suspicion:
         self._until = now + min(_SUSPECT_MAX_S, _SUSPECT_S * math.exp2(self._failures - 1.0))
         self._at = self._back_at = self._until
 
-    def succeeded(self, now: float) -> None:
-        """A request got there: what was held against it counts half, and it need not wait any longer."""
-        if self._failures:
-            self._failures = self._left(now) / 2.0
-            self._at = now
-            if self.is_suspect(now):
-                self._until = self._back_at = now
+    def succeeded(self, now: float) -> bool:
+        """A request got there: what was held against it counts half, and it need not wait any longer.
+
+        Whether that ended a suspicion.
+        """
+        if not self._failures:
+            return False
+        self._failures = self._left(now) / 2.0
+        self._at = now
+        if not self.is_suspect(now):
+            return False
+        self._until = self._back_at = now
+        return True
 
     def is_suspect(self, now: float) -> bool:
         return now < self._until

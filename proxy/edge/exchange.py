@@ -842,9 +842,10 @@ class Exchange:
     def on_response_end(self, trailers: Headers) -> None:
         machine = self.machine
         if machine is not None:
-            passive = machine.passive if machine.peer is None else machine.peer.passive
-            if passive is not None:
-                passive.succeeded(self.edge.wheel.now)
+            if machine.peer is not None:
+                machine.peer.succeeded(self.edge.wheel.now)
+            elif machine.passive is not None:
+                machine.passive.succeeded(self.edge.wheel.now)
         refusal, self.refusal = self.refusal, None
         if refusal is not None:
             self._let_go().release(clean=self.body_done and not self.awaits_go and self.replayed is None)

@@ -6,13 +6,15 @@ One `AppView` per app, replaced or updated in one assignment when a record comes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from proxy.decide.access import StartBudget, WakeFilter
 from proxy.decide.balance import spared
 from proxy.decide.ewma import PassiveHealth
 from proxy.decide.headers import ResponseRules
+from proxy.decide.peer_health import Suspicion
 from proxy.decide.region import RegionWish
 from proxy.decide.replay_key import SessionRules
 from proxy.edge.access import AccessGate, access_gate
@@ -35,24 +37,40 @@ from proxy.model import (
 
 if TYPE_CHECKING:
     from proxy.edge.relay import Tunnel
+    from proxy.edge.sites import KnownSites
     from proxy.edge.upstream import Pool
+
+_VERSIONS: Final = itertools.count(
+    1
+)  # of what is known of nodes and sites: each change has a higher one than all before
 
 
 class PeerView:
     """Another node and this worker's dealings with it."""
 
-    __slots__ = ("passive", "pool", "record")
+    __slots__ = ("pool", "record", "suspicion", "version")
 
     def __init__(self, record: Peer) -> None:
         self.record = record
+        self.version = next(_VERSIONS)
         self.pool: Pool | None = None
-        self.passive: PassiveHealth | None = None  # what requests have met there, once one has failed
+        self.suspicion: Suspicion | None = None  # what requests have met there, once one has failed
+
+    def set_record(self, record: Peer) -> None:
+        self.record = record
+        self.version = next(_VERSIONS)
 
     def failed(self, now: float) -> None:
         """A request could not be delivered to this node."""
-        if self.passive is None:
-            self.passive = PassiveHealth()
-        self.passive.failed(now)
+        if self.suspicion is None:
+            self.suspicion = Suspicion()
+        self.suspicion.failed(now)
+        self.version = next(_VERSIONS)
+
+    def succeeded(self, now: float) -> None:
+        """A request has got there."""
+        if self.suspicion is not None and self.suspicion.succeeded(now):
+            self.version = next(_VERSIONS)
 
     def close_pool(self) -> None:
         if self.pool is not None:
@@ -88,10 +106,12 @@ class MachineView:
 class SiteView:
     """What is known of an app's machines at another node."""
 
-    __slots__ = ("_loads", "_refused_until", "machines", "node", "target")
+    __slots__ = ("_loads", "_refused_until", "machines", "node", "peer", "target", "version")
 
     def __init__(self, app: AppName, peer: PeerView) -> None:
         self.node = peer.record.name
+        self.peer = peer
+        self.version = next(_VERSIONS)
         self.machines: tuple[RemoteMachine, ...] = ()
         self._loads: dict[int, RemoteLoad] = {}
         self._refused_until: dict[int, float] = {}
@@ -99,9 +119,14 @@ class SiteView:
         stands_for = Machine(MachineId(peer.record.name), peer.record.region, "", MachineState.STARTED, 0, -1)
         self.target = MachineView(app, stands_for, peer)
 
+    def set_machines(self, machines: tuple[RemoteMachine, ...]) -> None:
+        self.machines = machines
+        self.version = next(_VERSIONS)
+
     def set_load(self, load: RemoteLoad) -> None:
         self._loads[load.internal_port] = load
         self._refused_until.pop(load.internal_port, None)
+        self.version = next(_VERSIONS)
 
     def load(self, internal_port: int) -> RemoteLoad | None:
         return self._loads.get(internal_port)
@@ -109,15 +134,17 @@ class SiteView:
     def refused(self, internal_port: int, until: float) -> None:
         """All machines there are at their hard limit, says the node itself: till then, or till it says otherwise."""
         self._refused_until[internal_port] = until
+        self.version = next(_VERSIONS)
 
-    def is_full(self, internal_port: int, now: float) -> bool:
-        return self._refused_until.get(internal_port, 0.0) > now
+    def full_until(self, internal_port: int) -> float:
+        """Monotonic seconds, perhaps long ago."""
+        return self._refused_until.get(internal_port, 0.0)
 
 
 class ServiceView:
     """A service and the machines that can take its requests now."""
 
-    __slots__ = ("internal_port", "is_failing", "machines", "pooled", "record", "running", "sole")
+    __slots__ = ("internal_port", "is_failing", "known", "machines", "pooled", "record", "running", "sole")
 
     def __init__(self, record: Service, machines: Iterable[MachineView]) -> None:
         """`running`: what may be chosen. `sole`: the one to take without choosing."""
@@ -127,6 +154,7 @@ class ServiceView:
         self.machines = [one for one in machines if one.record.group in record.processes]
         self.running: list[MachineView] = []
         self.sole: MachineView | None = None
+        self.known: KnownSites | None = None  # its machines elsewhere
         self.is_failing = False  # machines run, and the checks of none pass
         self.refresh()
 
@@ -396,7 +424,7 @@ class Table:
         was_silent = view.record.is_silent
         if (view.record.host, view.record.port) != (record.host, record.port):
             view.close_pool()
-        view.record = record
+        view.set_record(record)
         if record.is_silent and not was_silent and view.pool is not None:
             view.pool.give_up()
 
@@ -427,7 +455,7 @@ class Table:
         site = sites.get(node)
         if site is None:
             site = sites[node] = SiteView(app, peer)
-        site.machines = machines
+        site.set_machines(machines)
 
     def set_loads(self, node: NodeName, loads: tuple[RemoteLoad, ...]) -> None:
         for load in loads:
