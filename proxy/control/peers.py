@@ -54,7 +54,9 @@ from proxy.control.peer_messages import (
     encode,
 )
 from proxy.control.plan import NodePlan
-from proxy.decide.latency import Pair, RegionOrder
+from proxy.decide.latency import Basis, LatencyError, LatencyTable
+from proxy.decide.peer_health import share_since
+from proxy.decide.places import Places
 from proxy.model import (
     AppName,
     MachineState,
@@ -86,7 +88,7 @@ _MAX_MACHINES: Final = 4_000  # of one app at one node
 _MAX_INCOMING: Final = 1_024
 _PATIENCE_S: Final = 5.0  # of a control that has just begun, for nodes to be heard
 _KEEP_S: Final = 2.0  # between two writes of what is known of others
-_RECOVERY: Final = ((0.0, 0.1), (2.0, 0.3), (4.0, 0.6), (8.0, 1.0))  # seconds after a return, share of the requests
+_VIAS: Final = 3  # ways around that workers are told of
 
 Json = dict[str, Any]  # Any: JSON
 
@@ -102,7 +104,6 @@ class Node:
     apps: dict[AppName, AppTold] = field(default_factory=dict)
     machines: dict[AppName, tuple[RemoteMachine, ...]] = field(default_factory=dict)
     loads: tuple[RemoteLoad, ...] = ()
-    rtts: dict[str, float] = field(default_factory=dict)
     started_at: float = 0.0
     sequence: int = -1
     heard_at: float = -math.inf  # monotonic seconds, by our own clock: theirs may be anything
@@ -117,8 +118,7 @@ class Node:
         return now - self.heard_at <= SILENT_S
 
     def share(self, now: float) -> float:
-        since = now - self.returned_at
-        return next(share for after, share in reversed(_RECOVERY) if since >= after)
+        return round(share_since(now - self.returned_at), 2)
 
 
 class Peers:
@@ -151,7 +151,10 @@ class Peers:
         self._telling = False
         self._sequence = 0
         self._own_loads: tuple[RemoteLoad, ...] = ()
-        self.regions = RegionOrder(plan.region, {one.code: (one.latitude, one.longitude) for one in plan.regions})
+        places = Places({one.code: (one.latitude, one.longitude) for one in plan.regions})
+        self.latency = LatencyTable(NodeName(plan.name), plan.region, places)
+        self.order: tuple[RegionCode, ...] = (plan.region,)  # nearest first
+        self._row: dict[str, float] = {}  # to be told with the next state
         self.is_draining = False
         self.faults: dict[str, str] = {}
 
@@ -174,6 +177,7 @@ class Peers:
                     for one in self._outgoing.values():
                         one.probe(now)
                     self._look_at_regions(now)
+                    self._row = self._own_row(now)
                 if self._is_unkept and now >= next_keep:
                     next_keep = now + _KEEP_S
                     await self._keep()
@@ -266,6 +270,10 @@ class Peers:
                 if name in self._outgoing:
                     self._outgoing.pop(name).end()
             node.region = region
+            try:
+                self.latency.set_node(name, region)
+            except LatencyError as error:
+                self.faults[name] = str(error)
             if name not in self._outgoing:
                 outgoing = self._outgoing[name] = _Outgoing(self, node)
                 outgoing.begin()
@@ -273,6 +281,7 @@ class Peers:
 
     def _forget(self, name: NodeName) -> None:
         node = self.nodes.pop(name)
+        self.latency.remove_node(name)
         if name in self._outgoing:
             self._outgoing.pop(name).end()
         if (incoming := self._incoming.get(name)) is not None:
@@ -296,7 +305,7 @@ class Peers:
         messages: list[ipc.Message] = [
             ipc.PeerSet(one.told or Peer(one.name, one.region, one.host, one.port)) for one in self.nodes.values()
         ]
-        messages.append(ipc.RegionsSet(self.regions.order))
+        messages.append(ipc.RegionsSet(self.order))
         for node in self.nodes.values():
             messages += [ipc.SiteSet(app, node.name, machines) for app, machines in node.machines.items()]
             if node.loads:
@@ -313,10 +322,11 @@ class Peers:
         is_up = node.is_heard(now) and not node.is_draining
         if not is_up and math.isinf(node.heard_at) and node.told is None and now - self._begun_at < _PATIENCE_S:
             return  # this control has just begun: workers go by what the one before knew
-        outgoing = self._outgoing.get(node.name)
-        rtt_s = round(outgoing.pair.value_s, 4) if outgoing is not None else 0.0
         is_silent = not node.is_heard(now)
-        peer = Peer(node.name, node.region, node.host, node.port, is_up, is_silent, node.share(now), rtt_s)
+        peer = Peer(
+            node.name, node.region, node.host, node.port, is_up, is_silent, node.share(now),
+            round(self.latency.node_rtt_s(node.name, now) or 0.0, 4), self._vias(node, now),
+        )  # fmt: skip
         if peer != node.told:
             was_up = node.told is not None and node.told.is_up
             node.told = peer
@@ -325,6 +335,23 @@ class Peers:
                 why = " (it drains)" if node.is_draining else f" ({node.fault})" if node.fault else ""
                 log.info("node %s in %s is %s%s", node.name, node.region, "up" if is_up else "down", why)
 
+    def _vias(self, node: Node, now: float) -> tuple[NodeName, ...]:
+        """Ways around, to a node that this one does not reach."""
+        outgoing = self._outgoing.get(node.name)
+        if node.is_heard(now) and outgoing is not None and outgoing.is_ready:
+            return ()
+        well = [via for via in self.latency.detours(node.name, now) if self._is_well(via, now)]
+        return tuple(well[:_VIAS])
+
+    def _is_well(self, name: NodeName, now: float) -> bool:
+        node = self.nodes.get(name)
+        return node is not None and node.is_heard(now) and not node.is_draining
+
+    def _own_row(self, now: float) -> dict[str, float]:
+        """What this node measures, to those that are heard: who cannot reach one of them may come by us."""
+        own = self.latency.own_row(now)
+        return {name: round(rtt_s, 5) for name, rtt_s in own.items() if self._is_well(name, now)}
+
     def _look_at_leases(self, now: float) -> None:
         for node in self.nodes.values():
             is_up = node.is_heard(now) and not node.is_draining
@@ -332,15 +359,11 @@ class Peers:
                 self._tell_peer(node)
 
     def _look_at_regions(self, now: float) -> None:
-        measured: dict[RegionCode, float] = {}
-        for name, outgoing in self._outgoing.items():
-            rtt_s, region = outgoing.pair.value_s, self.nodes[name].region
-            if rtt_s and self.nodes[name].is_heard(now):
-                measured[region] = min(rtt_s, measured.get(region, math.inf))
-        known = {node.region for node in self.nodes.values()} | {one.code for one in self._plan.regions}
-        if self.regions.update(now, measured, known):
-            log.info("regions by distance from here: %s", ", ".join(self.regions.order))
-            self._hub.tell_all(ipc.RegionsSet(self.regions.order))
+        order = self.latency.order(self._plan.region, now)
+        if order != self.order:
+            self.order = order
+            log.info("regions by distance from here: %s", ", ".join(order))
+            self._hub.tell_all(ipc.RegionsSet(order))
 
     # --- what peers are told
 
@@ -386,10 +409,8 @@ class Peers:
     def _tell_state(self) -> None:
         self._own_loads = tuple(self._loads())
         self._sequence += 1
-        rtts: dict[str, float] = {
-            name: round(one.pair.value_s, 5) for name, one in self._outgoing.items() if one.pair.value_s
-        }
-        frame = encode(StateTold(self._sequence, self.is_draining, self._own_loads, rtts))
+        row, self._row = self._row, {}
+        frame = encode(StateTold(self._sequence, self.is_draining, self._own_loads, row))
         for outgoing in self._outgoing.values():
             outgoing.send(frame)
 
@@ -503,7 +524,12 @@ class Peers:
             return  # said before
         node.sequence, node.fault, node.is_draining = state.sequence, "", state.is_draining
         self._note_heard(node)
-        node.rtts = {name: rtt for name, rtt in list(state.rtts.items())[:1024] if 0.0 < rtt < 60.0}
+        if state.rtts:
+            row = {NodeName(name): rtt_s for name, rtt_s in state.rtts.items()}
+            try:
+                self.latency.take_row(node.name, node.name, row, self._clock.monotonic())
+            except LatencyError as error:  # the rest of what it says stands
+                node.fault = str(error)
         loads = tuple(one for one in state.loads if one.app in node.apps)
         if loads != node.loads:
             node.loads = loads
@@ -544,12 +570,12 @@ class Peers:
              "fault": ""}
         ]  # fmt: skip
         for node in sorted(self.nodes.values(), key=lambda one: one.name):
-            outgoing = self._outgoing.get(node.name)
-            pair = outgoing.pair if outgoing is not None else Pair()
+            pair = self.latency.pair(node.name)
+            rtt_s = (pair.rtt_s(now) or 0.0) if pair is not None else 0.0
             rows.append(
                 {"name": node.name, "region": node.region, "is_self": False, "state": _state(node, now),
-                 "address": f"{node.host}:{node.port}", "rtt_ms": round(pair.value_s * 1000, 2),
-                 "jitter_ms": round(pair.jitter_s * 1000, 2), "apps": len(node.apps),
+                 "address": f"{node.host}:{node.port}", "rtt_ms": round(rtt_s * 1000, 2),
+                 "jitter_ms": round(pair.jitter_s * 1000, 2) if pair is not None else 0.0, "apps": len(node.apps),
                  "machines": sum(len(one) for one in node.machines.values()),
                  "fault": node.fault or self.faults.get(node.name, "")}
             )  # fmt: skip
@@ -561,13 +587,14 @@ class Peers:
     def regions_json(self) -> list[Json]:
         now = self._clock.monotonic()
         rows = []
-        for rank, region in enumerate(self.regions.order):
+        for rank, region in enumerate(self.order):
             nodes = [one for one in self.nodes.values() if one.region == region]
             is_own = region == self._plan.region
-            rtt_s = 0.0 if is_own else self.regions.rtt_s(region)
+            time = self.latency.rtt(self._plan.region, region, now)
+            is_measured = time.basis in (Basis.MEASURED, Basis.REMEMBERED)
             rows.append(
-                {"name": region, "rank": rank, "rtt_ms": None if rtt_s is None else round(rtt_s * 1000, 2),
-                 "is_measured": rtt_s is not None, "nodes": len(nodes) + is_own,
+                {"name": region, "rank": rank, "rtt_ms": round(time.rtt_s * 1000, 2) if is_measured else None,
+                 "is_measured": is_measured, "basis": time.basis.value, "nodes": len(nodes) + is_own,
                  "nodes_up": sum(_state(one, now) == "up" for one in nodes) + (is_own and not self.is_draining)}
             )  # fmt: skip
         return rows
@@ -624,8 +651,7 @@ class _Outgoing:
         self._node = node
         self._task: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._is_ready = False  # the peer has the whole: changes may follow
-        self.pair = Pair()
+        self.is_ready = False  # the peer has the whole: changes may follow
         self._missed: set[AppName] = set()  # changed while the peer is told of all apps
         self._probes: dict[int, float] = {}
         self._last_probe = 0
@@ -671,7 +697,7 @@ class _Outgoing:
         for start in range(0, len(names), _SLICE):
             writer.write(b"".join(self._peers.about(name) for name in names[start : start + _SLICE]))
             await writer.drain()
-        self._is_ready = True
+        self.is_ready = True
         missed, self._missed = self._missed, set()
         writer.write(b"".join(self._peers.about(name) for name in missed) + encode(AllTold()))
         frames = ipc.FrameReader(1024)
@@ -683,14 +709,14 @@ class _Outgoing:
 
     def tell(self, name: AppName, frames: bytes) -> None:
         """An app changed: while the peer is still being told of all, it comes after them."""
-        if self._is_ready:
+        if self.is_ready:
             self.send(frames)
         elif self._writer is not None:
             self._missed.add(name)
 
     def send(self, frame: bytes) -> None:
         writer = self._writer
-        if writer is None or not self._is_ready:
+        if writer is None or not self.is_ready:
             return
         writer.write(frame)
         if writer.transport.get_write_buffer_size() > _UNSENT_BYTES:
@@ -698,7 +724,7 @@ class _Outgoing:
             self._cut()
 
     def probe(self, now: float) -> None:
-        if self._writer is None or not self._is_ready:
+        if self._writer is None or not self.is_ready:
             return
         for id in [id for id, sent in self._probes.items() if now - sent > 30.0]:
             del self._probes[id]
@@ -709,11 +735,12 @@ class _Outgoing:
     def _on_echo(self, id: int) -> None:
         sent = self._probes.pop(id, None)
         if sent is not None:
-            with contextlib.suppress(ValueError):
-                self.pair.add(max(1e-6, self._peers._clock.monotonic() - sent))
+            now = self._peers._clock.monotonic()
+            with contextlib.suppress(LatencyError):
+                self._peers.latency.sample(self._node.name, max(1e-6, now - sent), now)
 
     def _cut(self) -> None:
-        self._is_ready = False
+        self.is_ready = False
         self._missed.clear()
         self._probes.clear()
         writer, self._writer = self._writer, None

@@ -3,8 +3,6 @@
     probes of this node --add--> Pair, one a node --own_row--> published
     rows of other nodes --take_row--> LatencyTable --rtt, order--> where requests go (nearest.py)
 
-LatencyTable knows the fleet; RegionOrder is for who goes by his own probes alone. Both keep their order by a Ranking.
-
 Only probes measure. What the kernel knows of a live connection (TCP_INFO) may be a relay's distance, not the node's:
 it can ask for a probe, no more. Nothing here asks the time or sends anything; `now` is monotonic seconds, times are
 round trips in seconds.
@@ -15,7 +13,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -170,43 +168,6 @@ class Ranking:
 def _parted(order: list[RegionCode], times_s: Mapping[RegionCode, float], pivot_s: float) -> list[RegionCode]:
     """Those up to a time, then those beyond it, both as they stood."""
     return [one for one in order if times_s[one] <= pivot_s] + [one for one in order if times_s[one] > pivot_s]
-
-
-class RegionOrder:
-    """All regions as seen from one, nearest first, by what was measured from there and by distance."""
-
-    def __init__(self, own: RegionCode, placed: Mapping[RegionCode, tuple[float, float]] | None = None) -> None:
-        """`placed`: latitude and longitude of an operator's regions."""
-        self._own = own
-        self._places = Places(placed)
-        self._ranking = Ranking()
-        self._measured: dict[RegionCode, float] = {}  # also those that were measured before
-        self.order: tuple[RegionCode, ...] = (own,)
-
-    def update(self, now: float, measured: Mapping[RegionCode, float], known: Iterable[RegionCode]) -> bool:
-        """Take the latest round trips of those of the `known` regions that have one. Whether the order is another."""
-        regions = {region for region in known if region != self._own}
-        latest = self._measured | dict(measured)
-        self._measured = {region: rtt_s for region, rtt_s in latest.items() if region in regions}
-        factor = fitted(self._ratios())
-        times = {region: self._measured.get(region) or self._guess_s(region, factor) for region in regions}
-        order = (self._own, *self._ranking.update(times, now))
-        changed = order != self.order
-        self.order = order
-        return changed
-
-    def rtt_s(self, region: RegionCode) -> float | None:
-        """As it was measured last; None before it was."""
-        return self._measured.get(region)
-
-    def _ratios(self) -> Iterator[float]:
-        for region, rtt_s in self._measured.items():
-            km = self._places.distance_km(self._own, region)
-            if km is not None and km >= SHORTEST_KM:
-                yield rtt_s / km
-
-    def _guess_s(self, region: RegionCode, factor_s_km: float) -> float:
-        return guess_s(self._places.distance_km(self._own, region), factor_s_km)
 
 
 def fitted(ratios: Iterable[float]) -> float:

@@ -250,9 +250,10 @@ def _nowhere(exchange: Exchange, code: Code) -> ProxyError:
     want = exchange.want
     if want is not None and want.force is not None:
         return ProxyError(Code.FORCED_UNREACHED, Source.MACHINE, detail=f"no node has a machine {want.force}")
+    detail = "no machine of the app, on any node, may get it"
     if code is Code.PEER_UNREACHED:
-        return ProxyError(code, detail="the nodes that have machines of the app are not reached")
-    return ProxyError(Code.NO_CANDIDATE, detail="no machine of the app, on any node, may get it")
+        detail = "the nodes that have machines of the app for it are not heard of"
+    return ProxyError(Code.NO_CANDIDATE, detail=detail)
 
 
 def _next(exchange: Exchange, trip: Trip) -> Step:

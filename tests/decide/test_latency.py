@@ -20,7 +20,6 @@ from proxy.decide.latency import (
     LatencyTable,
     Pair,
     Ranking,
-    RegionOrder,
     margin_s,
 )
 from proxy.decide.places import FLY, Places
@@ -210,30 +209,6 @@ def test_newcomers_stand_where_their_time_belongs_and_the_gone_are_gone() -> Non
     ranking.update({AMS: 0.010, IAD: 0.090}, T0)
     assert ranking.update({AMS: 0.010, IAD: 0.090, FRA: 0.017}, T0 + 1) == (AMS, FRA, IAD)
     assert ranking.update({IAD: 0.090, FRA: 0.017}, T0 + 2) == (FRA, IAD)
-
-
-# --- by one's own probes alone
-
-
-def test_regions_that_were_never_measured_stand_by_the_map_and_what_was_sets_the_scale() -> None:
-    order = RegionOrder(AMS, {HOME: (52.3, 4.8)})
-    assert order.update(T0, {}, [SYD, IAD, FRA, RegionCode("nowhere"), HOME])
-    assert order.order == (AMS, HOME, FRA, IAD, SYD, "nowhere")
-    assert order.rtt_s(IAD) is None
-    slow = {RegionCode(one): 0.400 for one in ("lhr", "cdg", "arn", "waw", "mad", "otp")}
-    for second in range(1, 6):
-        order.update(T0 + second, slow | {SYD: 0.250}, [SYD, IAD, *slow])
-    assert order.order[1] == SYD and order.order[-1] == IAD  # three times as far as those that take 0.4 s
-
-
-def test_an_order_by_own_probes_follows_what_lasts_and_says_whether_it_is_another() -> None:
-    order = RegionOrder(AMS)
-    order.update(T0, {IAD: 0.080, SYD: 0.250}, [IAD, SYD])
-    changes = [order.update(T0 + at, {IAD: 0.400, SYD: 0.250}, [IAD, SYD]) for at in (1, 2, 3, 4, 5)]
-    assert changes == [False, False, False, True, False]
-    assert order.order == (AMS, SYD, IAD) and order.rtt_s(IAD) == 0.400
-    assert not order.update(T0 + 6, {SYD: 0.250}, [IAD, SYD]) and order.rtt_s(IAD) == 0.400  # not measured now
-    assert order.update(T0 + 7, {}, [SYD]) and order.rtt_s(IAD) is None and order.order == (AMS, SYD)
 
 
 # --- the table

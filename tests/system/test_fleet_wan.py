@@ -30,7 +30,8 @@ def wan() -> Iterator[Wan]:
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, wan: Wan) -> Iterator[FleetOfNodes]:
     def apps(name: str, place: Path) -> str:
-        return make_app(place, "wide", autostop="off") if name != "ams-1" else ""
+        found = make_app(place, "wide", autostop="off") if name != "ams-1" else ""
+        return found + (make_app(place, "far", autostop="off") if name == "iad-1" else "")
 
     with FleetOfNodes(tmp_path_factory.mktemp("wan"), REGIONS, apps, wan=wan) as made:
         for name in ("fra-1", "iad-1"):
@@ -107,6 +108,24 @@ def test_a_link_that_is_cut_one_way_costs_no_safe_request(fleet: FleetOfNodes, w
         time.sleep(1.0)
     failed = [one for one in asking.answers if one[1] != 200]
     assert not failed, failed[:5]
+
+
+@pytest.mark.parametrize("ways", [[("ams-1", "iad-1"), ("iad-1", "ams-1")], [("ams-1", "iad-1")]], ids=["both", "one"])
+def test_a_node_that_is_not_reached_is_reached_by_way_of_another(
+    fleet: FleetOfNodes, wan: Wan, ways: list[tuple[str, str]]
+) -> None:
+    far = machine_of(fleet, "iad-1", "far")
+    assert served_by(fleet, "ams-1", "far") == far
+    for way in ways:
+        wan.set(*way, is_cut=True)
+    wait_for(lambda: fleet["ams-1"].get("far", timeout=20)[0] == 200, 15, "a way around")
+    for _ in range(10):
+        status, _, body = fleet["ams-1"].get("far", timeout=20)
+        assert status == 200 and json.loads(body)["machine"] == far
+    for way in ways:
+        wan.set(*way, is_cut=False)
+    fleet.wait_met(fleet["ams-1"], {"iad-1"})
+    assert served_by(fleet, "ams-1", "far") == far
 
 
 def test_a_partition_leaves_each_side_with_what_it_has(fleet: FleetOfNodes, wan: Wan) -> None:
