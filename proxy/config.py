@@ -35,6 +35,7 @@ from proxy.model import (
     RestartPolicy,
     Service,
     StickyCookie,
+    WakeMode,
     WakeOn,
     WakeRules,
 )
@@ -248,6 +249,7 @@ class AppConfig:
     organization: str = "personal"
     replay_sources: tuple[str, ...] = ()
     keep_bodies: bool = False
+    wake: WakeMode = WakeMode.FLY
     on_demand: OnDemandSection | None = None
     machines: tuple[StaticMachine, ...] = ()
     keys: tuple[KeyUse, ...] = ()  # of its fly.toml
@@ -874,6 +876,7 @@ class _AppReader:
         """What config.toml alone says, so that its faults are told whatever the fly.toml is like."""
         table = self.table
         wake_on, balance = table.text("wake_on", choices=("hello", "request")), table.text("balance", choices=_BALANCES)
+        wake = table.text("wake", choices=_WAKE_MODES)
         return dict(
             user=self._user(),
             network=table.text("network", choices=("port", "namespace")),
@@ -893,6 +896,7 @@ class _AppReader:
             organization=_matching(table, "organization", _ORGANIZATION, _ORGANIZATION_EXPECTED),
             replay_sources=self._replay_sources(),
             keep_bodies=table.flag("keep_bodies"),
+            wake=WakeMode(wake) if wake else None,
             on_demand=self._on_demand(),
         )
 
@@ -1311,7 +1315,7 @@ _APP_KEYS: Final = (
     "idle_timeout", "hostnames", "env", "connect_timeout", "first_byte_timeout", "stream_idle_timeout", "max_waiters",
     "machines", "balance", "queue_timeout", "max_queued", "organization", "replay_sources", "keep_bodies",
     "replay_memory", "replay_spool", "sticky", "access", "wake_rules", "restart_on_failing_checks", "autostop_interval",
-    "autostop_at_once", "busy", "warm_hours", "on_demand",
+    "autostop_at_once", "busy", "warm_hours", "on_demand", "wake",
 )  # fmt: skip
 _ACCESS_KEYS: Final = (
     "allow", "deny", "allow_from_file", "requests_per_second", "requests_burst", "connections",
@@ -1321,6 +1325,7 @@ _WAKE_KEYS: Final = (
     "ignore_paths", "ignore_methods", "ignore_agents", "ignore_sources", "starts_per_source", "starts", "waiting_page",
 )  # fmt: skip
 _BALANCES: Final = tuple(one.value for one in Balance)
+_WAKE_MODES: Final = tuple(one.value for one in WakeMode)
 _ORGANIZATION: Final = r"[a-z0-9][a-z0-9-]{0,62}"
 _ORGANIZATION_EXPECTED: Final = "lower case letters, digits and dashes"
 _LIST_MAX: Final = 1 << 20  # of a file of networks, which goes to workers in the app's record

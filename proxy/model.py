@@ -288,3 +288,4 @@ class App:
     organization: str = "personal"  # apps of one organization may replay to each other
     replay_sources: tuple[str, ...] = ()  # other organizations whose apps may replay to this one
     keeps_bodies: bool = False  # bodies are kept for a replay beyond memory from the first request on
+    wake: WakeMode = WakeMode.FLY

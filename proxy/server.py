@@ -55,7 +55,7 @@ from proxy.machines.driver import Driver, Exit
 from proxy.machines.process import ProcessDriver
 from proxy.machines.static import StaticDriver
 from proxy.metrics import AppCells, MachineFacts, Metrics, NodeFacts
-from proxy.model import MachineId, MachineState
+from proxy.model import AppName, MachineId, MachineState
 from proxy.process import ChildContext, ServePlan, raise_open_files
 from proxy.state import W_OVERLOAD_STAGE, SharedMemory
 
@@ -382,6 +382,9 @@ class Server:
     def wake(self, link: Link, message: ipc.Wake) -> None:
         """Every link that asked is told once; a second question of the same worker waits for the same end."""
         machine = self.fleet.get(message.machine)
+        if machine is None and message.hint and self.peers is not None:
+            self.peers.start(message.app, message.machine)  # nobody waits here to hear how it ended
+            return
         if machine is None or machine.app.name != message.app:
             detail = f"there is no machine {message.machine} of {message.app} here"
             link.send(ipc.WakeDone(message.app, message.machine, 0, Code.MACHINE_GONE.value, detail))
@@ -497,7 +500,14 @@ class Server:
         self.peers = Peers(
             self._plan, self.apps, self.hub, self._memory, self._clock, clock.new_random(), self._ctx.plan.run_dir
         )
+        self.peers.on_wake = self._wake_for_peer
         await self.peers.recall()
+
+    def _wake_for_peer(self, app: AppName, machine_id: MachineId) -> None:
+        """As a request that came here would: rules that hold starts back hold for these too."""
+        machine = self.fleet.get(machine_id)
+        if machine is not None and machine.app.name == app:
+            self.fleet.wake(machine_id)
 
     async def _keep_peers(self, membership: Membership) -> None:
         """Whatever goes wrong with what others say, this node goes on to listen to them."""

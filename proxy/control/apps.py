@@ -60,6 +60,7 @@ class Entry:
             wake_timeout_s=plan.wake_timeout_s, primary_region=plan.primary_region, limits=plan.limits,
             balance=plan.balance, sticky=plan.sticky, access=plan.access, wake_rules=plan.wake_rules,
             organization=plan.organization, replay_sources=plan.replay_sources, keeps_bodies=plan.keeps_bodies,
+            wake=plan.wake,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from proxy.model import App, AppName, RemoteLoad, RemoteMachine
+from proxy.model import App, AppName, MachineId, RemoteLoad, RemoteMachine
 from proxy.wire.joining import NodeRow
 
 VERSION = 1
@@ -60,6 +60,13 @@ class StateTold(PeerMessage, frozen=True):
     rtts: dict[str, float] = {}  # node -> seconds, by its own probes
 
 
+class WakeAsked(PeerMessage, frozen=True):
+    """Start this machine of the node that is told so: nobody waits for it. Nodes of before this kind pass it over."""
+
+    app: AppName
+    machine: MachineId
+
+
 class KnownNode(PeerMessage, frozen=True):
     """Begins what is known of one node, in the file that a control leaves to the next; never sent."""
 
@@ -79,7 +86,7 @@ class Echo(PeerMessage, frozen=True):
     id: int
 
 
-Told = KnownNode | PeerHello | AppTold | MachinesTold | AppLeft | AllTold | StateTold | Probe | Echo
+Told = WakeAsked | KnownNode | PeerHello | AppTold | MachinesTold | AppLeft | AllTold | StateTold | Probe | Echo
 _KINDS = {kind.__name__ for kind in PeerMessage.__subclasses__()}
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Told).decode

@@ -50,6 +50,7 @@ from proxy.control.peer_messages import (
     PeerMessage,
     Probe,
     StateTold,
+    WakeAsked,
     decode,
     encode,
 )
@@ -59,6 +60,7 @@ from proxy.decide.peer_health import share_since
 from proxy.decide.places import Places
 from proxy.model import (
     AppName,
+    MachineId,
     MachineState,
     NodeName,
     Peer,
@@ -156,6 +158,7 @@ class Peers:
         self.order: tuple[RegionCode, ...] = (plan.region,)  # nearest first
         self._row: dict[str, float] = {}  # to be told with the next state
         self.is_draining = False
+        self.on_wake: Callable[[AppName, MachineId], None] = lambda app, machine: None  # another node asks for a start
         self.faults: dict[str, str] = {}
 
     async def run(self, membership: Membership) -> None:
@@ -516,8 +519,20 @@ class Peers:
                     self._left(node, name)
             case StateTold():
                 self._heard_state(node, message)
+            case WakeAsked(name, machine):
+                self.on_wake(name, machine)
             case _:
                 pass
+
+    def start(self, app: AppName, machine: MachineId) -> bool:
+        """Have another node start one of its machines. False: none has it, or it is not reached."""
+        for name, node in self.nodes.items():
+            if any(one.id == machine for one in node.machines.get(app, ())):
+                outgoing = self._outgoing.get(name)
+                if outgoing is not None and outgoing.is_ready:
+                    outgoing.send(encode(WakeAsked(app, machine)))
+                    return True
+        return False
 
     def _heard_state(self, node: Node, state: StateTold) -> None:
         if state.sequence <= node.sequence:

@@ -34,6 +34,7 @@ from proxy.model import (
     RestartPolicy,
     Service,
     StickyCookie,
+    WakeMode,
     WakeOn,
     WakeRules,
 )
@@ -105,6 +106,7 @@ class AppPlan:
     organization: str = "personal"
     replay_sources: tuple[str, ...] = ()
     keeps_bodies: bool = False
+    wake: WakeMode = WakeMode.FLY
     on_demand: OnDemandSection | None = None  # control alone goes by it
 
     def group(self, name: str) -> GroupPlan | None:
@@ -218,6 +220,7 @@ def _app_plan(app: AppConfig) -> AppPlan:
         organization=app.organization,
         replay_sources=app.replay_sources,
         keeps_bodies=app.keep_bodies,
+        wake=app.wake,
         on_demand=app.on_demand,
     )
 

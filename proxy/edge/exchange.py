@@ -273,6 +273,9 @@ class Exchange:
         if site is None or hop.hops >= MAX_HOPS:
             self.refuse(ProxyError(Code.HOP_INVALID, detail=f"no way to node {hop.via} from here"))
             return
+        if site.peer.record.is_silent:
+            self.refuse(ProxyError(Code.PEER_UNREACHED, detail=f"node {hop.via} is not heard of here either"))
+            return
         self.attempt_peer(site, "")
 
     def choose(self) -> None:

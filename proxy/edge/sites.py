@@ -35,7 +35,7 @@ from proxy.edge.choice import pick
 from proxy.edge.table import AppView, PeerView, ServiceView, SiteView
 from proxy.edge.upstream import Pool
 from proxy.errors import Code, ProxyError, Source
-from proxy.model import Endpoint, MachineId, MachineState, NodeName, RegionCode
+from proxy.model import Endpoint, MachineId, MachineState, NodeName, RegionCode, RemoteMachine
 
 if TYPE_CHECKING:
     from proxy.edge.context import EdgeContext
@@ -62,7 +62,7 @@ class KnownSites:
     __slots__ = ("_look_at", "_sites", "_versions")
 
     def __init__(self, app: AppView, region: RegionCode) -> None:
-        self._sites = Sites(region, primary=app.record.primary_region)
+        self._sites = Sites(region, app.record.wake, app.record.primary_region)
         self._versions: dict[NodeName, int] = {}
         self._look_at = math.inf  # monotonic seconds at which time alone changes something
 
@@ -235,6 +235,8 @@ def pick_site(exchange: Exchange) -> None:
     node = here if isinstance(step, Here) else step.node
     via = step.via or "" if isinstance(step, (Peer, Wake)) else ""
     trip.take(Wait(NodeName(node)) if is_forced and not via else step, node == here)
+    if isinstance(step, (Here, Peer)) and step.beside is not None:
+        _start_beside(exchange, step.beside)
     if node == here:
         exchange.tried = None
         pick(exchange)
@@ -244,6 +246,23 @@ def pick_site(exchange: Exchange) -> None:
         exchange.fail(ProxyError(Code.PEER_UNREACHED, detail=f"node {node}: it is not known any more"))
         return
     exchange.attempt_peer(site, via)
+
+
+def _start_beside(exchange: Exchange, node: NodeName) -> None:
+    """Have one more machine started, here or at another node; nobody waits for it."""
+    app, port, edge = exchange.app, exchange.port, exchange.edge
+    assert app is not None and port is not None
+    if node == edge.settings.node:
+        edge.waker.start_another(app, port.service)
+        return
+    site, groups = app.site(node), port.service.record.processes
+    asleep = [one.id for one in site.machines if one.group in groups and _sleeps(one)] if site is not None else []
+    if asleep and edge.waker.may_start_another(app):
+        edge.waker.start_at(app, min(asleep))  # others, who ask for it at the same time, are to name the same
+
+
+def _sleeps(machine: RemoteMachine) -> bool:
+    return machine.state.is_startable and not machine.cordoned
 
 
 def _nowhere(exchange: Exchange, code: Code) -> ProxyError:

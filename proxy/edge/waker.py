@@ -148,6 +148,11 @@ class Waker:
         if isinstance(choice, str):
             self._link.send(Wake(name, choice, hint=True))
 
+    def start_at(self, app: AppView, machine: MachineId) -> None:
+        """The same of a machine of another node, which this node's control tells."""
+        _note(self._another, app.record.name, self._wheel.now, ANOTHER_S)
+        self.start(app, machine)
+
     def wait_for_health(self, service: ServiceView, app: AppView, seconds: float, waiter: Waiter) -> HealthWait:
         """Call `waiter` once: with None when a machine of the service may be chosen, else with NO_HEALTHY."""
         name = app.record.name

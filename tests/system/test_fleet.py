@@ -28,6 +28,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetOfNodes]:
 
     def apps(name: str, place: Path) -> str:
         made = make_app(place, "wide", autostop="off") if name != "ams-1" else ""
+        for app, wake in (("asked", "fly"), ("near", "nearest"), ("raced", "race")):
+            made += make_app(place, app, keys=f'wake = "{wake}"\n')
         return made + (make_app(place, "only") if name == "iad-1" else "")
 
     with FleetOfNodes(folder, REGIONS, apps) as made:
@@ -54,6 +56,27 @@ def test_any_node_takes_a_request_for_an_app_that_another_has(fleet: FleetOfNode
     assert len(starts(fleet["iad-1"].folder, "only")) == before + 1
 
 
+@pytest.mark.parametrize(
+    ("app", "first", "later"), [("asked", "iad", "iad"), ("near", "ams", "ams"), ("raced", "iad", "ams")]
+)
+def test_where_a_machine_far_away_runs_and_a_near_one_sleeps(
+    fleet: FleetOfNodes, app: str, first: str, later: str
+) -> None:
+    """Fly's rule takes what runs; `nearest` waits for the near one; `race` takes what runs until the near one does."""
+    machines = {region: machine_of(fleet, f"{region}-1", app) for region in ("ams", "iad")}
+    assert served_by(fleet, "iad-1", app) == machines["iad"]
+    assert fleet["ams-1"].machines(app)[0]["state"] == "created"
+    wait_for(lambda: _known_state(fleet, "ams-1", "iad-1") == "up", 5, "iad is heard")
+    time.sleep(0.5)  # for ams to hear that it runs
+    assert served_by(fleet, "ams-1", app) == machines[first]
+    wait_for(lambda: served_by(fleet, "ams-1", app) == machines[later], 10, f"{later} serves")
+    assert served_by(fleet, "ams-1", app) == machines[later]
+
+
+def _known_state(fleet: FleetOfNodes, node: str, other: str) -> str:
+    return fleet.states(fleet[node]).get(other, "")
+
+
 def test_the_own_region_comes_first_and_a_client_may_ask_for_another(fleet: FleetOfNodes) -> None:
     fra, iad = machine_of(fleet, "fra-1", "wide"), machine_of(fleet, "iad-1", "wide")
     assert {served_by(fleet, "fra-1", "wide") for _ in range(5)} == {fra}
@@ -76,7 +99,7 @@ def test_nodes_and_regions_are_shown_with_their_round_trips(fleet: FleetOfNodes)
 
     wait_for(measured, 10, "round trips")
     rows = {one["name"]: one for one in json.loads(fleet["ams-1"].cli("nodes", "--json"))}
-    assert rows.keys() == REGIONS.keys() and rows["iad-1"]["apps"] == 2
+    assert rows.keys() == REGIONS.keys() and rows["iad-1"]["apps"] == 5
     regions = json.loads(fleet["ams-1"].cli("regions", "--json"))
     assert regions[0]["name"] == "ams" and {one["name"] for one in regions} == {"ams", "fra", "iad"}
     assert "fra-1" in fleet["ams-1"].cli("nodes")
