@@ -33,6 +33,7 @@ from proxy.model import (
     RegionCode,
     RestartPolicy,
     StickyCookie,
+    WakeMode,
     WakeOn,
     WakeRules,
 )
@@ -397,13 +398,14 @@ def test_the_plan_has_a_worker_a_core_unless_the_file_says_how_many(node: Node) 
 def test_an_app_is_its_fly_toml_and_what_config_toml_adds(node: Node) -> None:
     app = node.app(
         'hostnames = ["Shop.Example", "bücher.example."]\n'
-        'wake_on = "request"\nwake_timeout = "9s"\nidle_timeout = "0"\n'
+        'wake_on = "request"\nwake_timeout = "9s"\nidle_timeout = "0"\nwake = "race"\n'
         'connect_timeout = "1s"\nfirst_byte_timeout = "0"\nstream_idle_timeout = 20\nmax_waiters = 5\n'
         'count = { web = 3, worker = 0 }\n[apps.env]\nMODE = "secret"\nTOKEN = "t"\n'
     )
     assert app.name == "shop"
     assert app.hostnames == ("shop.apps.localhost", "shop.example", "xn--bcher-kva.example")
     assert (app.wake_on, app.wake_timeout_s, app.idle_timeout_s) == (WakeOn.REQUEST, 9.0, 0.0)
+    assert app.wake is WakeMode.RACE
     assert app.limits == AppLimits(1.0, None, 20.0, 5)
     assert dict(app.env) == {"MODE": "secret", "LEVEL": "3", "TOKEN": "t", "PRIMARY_REGION": "fra"}
     assert (app.kill_signal, app.kill_timeout_s, app.primary_region) == (15, 7.0, "fra")
@@ -855,7 +857,7 @@ def test_the_examples_app_shows_the_defaults_of_an_app(node: Node) -> None:
     for name in (
         "wake_on", "wake_timeout_s", "idle_timeout_s", "limits", "network", "driver", "user", "balance", "sticky",
         "access", "wake_rules", "organization", "replay_sources", "keep_bodies", "autostop_interval_s",
-        "autostop_at_once", "busy", "warm_hours", "restart_on_failing_checks_s",
+        "autostop_at_once", "busy", "warm_hours", "restart_on_failing_checks_s", "wake",
     ):  # fmt: skip
         assert getattr(example.apps[0], name) == getattr(default, name), name
 
