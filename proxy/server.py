@@ -382,9 +382,8 @@ class Server:
     def wake(self, link: Link, message: ipc.Wake) -> None:
         """Every link that asked is told once; a second question of the same worker waits for the same end."""
         machine = self.fleet.get(message.machine)
-        if machine is None and message.hint and self.peers is not None:
-            self.peers.start(message.app, message.machine)  # nobody waits here to hear how it ended
-            return
+        if machine is None and message.hint and self.peers and self.peers.start(message.app, message.machine):
+            return  # it is another node's, and nobody waits here to hear how it ended
         if machine is None or machine.app.name != message.app:
             detail = f"there is no machine {message.machine} of {message.app} here"
             link.send(ipc.WakeDone(message.app, message.machine, 0, Code.MACHINE_GONE.value, detail))
