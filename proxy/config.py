@@ -1294,6 +1294,8 @@ class _AppReader:
             table.warn("keep_bodies", "has no effect with replay_spool = 0")
         if app.restart_on_failing_checks_s and (app.driver == "static" or not any(one.checks for one in app.services)):
             table.warn("restart_on_failing_checks", "has no effect: no service of machines made here has a check")
+        if app.wake is not WakeMode.FLY and not app.can_wake:
+            table.warn("wake", "has no effect: nothing starts machines of this app on demand")
         if app.wake_rules != WakeRules() and not app.can_wake:
             table.warn("wake_rules", "have no effect: nothing starts machines of this app on demand")
         elif app.wake_on is WakeOn.HELLO:

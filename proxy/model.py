@@ -250,7 +250,6 @@ class Peer:
     is_up: bool = True  # its lease holds and it does not drain
     is_silent: bool = False  # its lease does not hold: what is under way there may never be answered
     share: float = 1.0  # of the requests that it would get: a node that has just come back gets few at first
-    rtt_s: float = 0.0  # 0 = not measured
     vias: tuple[NodeName, ...] = ()  # nodes that reach it, the shortest way first
 
 

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import random
 import socket
@@ -56,7 +55,7 @@ from proxy.control.peer_messages import (
 )
 from proxy.control.plan import NodePlan
 from proxy.decide.latency import Basis, LatencyError, LatencyTable
-from proxy.decide.peer_health import share_since
+from proxy.decide.peer_health import Lease, PeerState
 from proxy.decide.places import Places
 from proxy.model import (
     AppName,
@@ -77,7 +76,7 @@ ALPN: Final = "wakefront-control/1"
 JOIN_ALPN: Final = "wakefront-join/1"
 SOCKET: Final = "peers.sock"
 TELL_S: Final = 0.25
-SILENT_S: Final = 1.0
+LEASE_S: Final = 1.0  # a node is heard every 250 ms: three of four may be lost
 PROBE_S: Final = 1.0
 _CONNECT_S: Final = 5.0
 _RETRY_S: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -89,6 +88,7 @@ _MAX_APPS: Final = 20_000  # of one node
 _MAX_MACHINES: Final = 4_000  # of one app at one node
 _MAX_INCOMING: Final = 1_024
 _PATIENCE_S: Final = 5.0  # of a control that has just begun, for nodes to be heard
+_LATEST: Final = 1 << 40  # unix seconds
 _KEEP_S: Final = 2.0  # between two writes of what is known of others
 _VIAS: Final = 3  # ways around that workers are told of
 
@@ -106,21 +106,14 @@ class Node:
     apps: dict[AppName, AppTold] = field(default_factory=dict)
     machines: dict[AppName, tuple[RemoteMachine, ...]] = field(default_factory=dict)
     loads: tuple[RemoteLoad, ...] = ()
-    started_at: float = 0.0
-    sequence: int = -1
-    heard_at: float = -math.inf  # monotonic seconds, by our own clock: theirs may be anything
-    was_heard: bool = False
-    returned_at: float = -math.inf  # when it was heard again after a silence
-    is_draining: bool = False
+    epoch: int = 0  # which start of it speaks: unix ms, by its own clock
+    lease: Lease = field(default_factory=lambda: Lease(LEASE_S))
     fault: str = ""  # why it is not reached
     told: Peer | None = None  # as workers know it
     fresh: set[AppName] | None = None  # told since the last PeerHello, until AllTold
 
-    def is_heard(self, now: float) -> bool:
-        return now - self.heard_at <= SILENT_S
-
     def share(self, now: float) -> float:
-        return round(share_since(now - self.returned_at), 2)
+        return round(self.lease.share(now), 2)
 
 
 class Peers:
@@ -268,6 +261,8 @@ class Peers:
             node = self.nodes.get(name)
             if node is None:
                 node = self.nodes[name] = Node(name, region, host, port)
+                # before what it will tell of its machines, which workers keep for nodes that they know
+                self._hub.tell_all(ipc.PeerSet(Peer(name, region, host, port, is_up=False, is_silent=True)))
             elif (node.host, node.port) != (host, port):
                 node.host, node.port = host, port
                 if name in self._outgoing:
@@ -322,33 +317,33 @@ class Peers:
 
     def _tell_peer(self, node: Node) -> None:
         now = self._clock.monotonic()
-        is_up = node.is_heard(now) and not node.is_draining
-        if not is_up and math.isinf(node.heard_at) and node.told is None and now - self._begun_at < _PATIENCE_S:
+        state = node.lease.state(now)
+        is_up = state is PeerState.HEALTHY
+        if not is_up and node.lease.epoch is None and node.told is None and now - self._begun_at < _PATIENCE_S:
             return  # this control has just begun: workers go by what the one before knew
-        is_silent = not node.is_heard(now)
         peer = Peer(
-            node.name, node.region, node.host, node.port, is_up, is_silent, node.share(now),
-            round(self.latency.node_rtt_s(node.name, now) or 0.0, 4), self._vias(node, now),
+            node.name, node.region, node.host, node.port, is_up, state is PeerState.SILENT, node.share(now),
+            self._vias(node, now),
         )  # fmt: skip
         if peer != node.told:
             was_up = node.told is not None and node.told.is_up
             node.told = peer
             self._hub.tell_all(ipc.PeerSet(peer))
             if is_up != was_up:
-                why = " (it drains)" if node.is_draining else f" ({node.fault})" if node.fault else ""
+                why = " (it drains)" if state is PeerState.DRAINING else f" ({node.fault})" if node.fault else ""
                 log.info("node %s in %s is %s%s", node.name, node.region, "up" if is_up else "down", why)
 
     def _vias(self, node: Node, now: float) -> tuple[NodeName, ...]:
         """Ways around, to a node that this one does not reach."""
         outgoing = self._outgoing.get(node.name)
-        if node.is_heard(now) and outgoing is not None and outgoing.is_ready:
+        if node.lease.state(now) is not PeerState.SILENT and outgoing is not None and outgoing.is_ready:
             return ()
         well = [via for via in self.latency.detours(node.name, now) if self._is_well(via, now)]
         return tuple(well[:_VIAS])
 
     def _is_well(self, name: NodeName, now: float) -> bool:
         node = self.nodes.get(name)
-        return node is not None and node.is_heard(now) and not node.is_draining
+        return node is not None and node.lease.state(now) is PeerState.HEALTHY
 
     def _own_row(self, now: float) -> dict[str, float]:
         """What this node measures, to those that are heard: who cannot reach one of them may come by us."""
@@ -357,7 +352,7 @@ class Peers:
 
     def _look_at_leases(self, now: float) -> None:
         for node in self.nodes.values():
-            is_up = node.is_heard(now) and not node.is_draining
+            is_up = node.lease.state(now) is PeerState.HEALTHY
             if node.told is None or (node.told.is_up, node.told.share) != (is_up, node.share(now)):
                 self._tell_peer(node)
 
@@ -467,7 +462,7 @@ class Peers:
         finally:
             if self._incoming.get(node.name) is incoming:
                 del self._incoming[node.name]
-                node.heard_at = -math.inf  # its control or its host is gone: no new requests until it is heard again
+                node.lease.lost()  # its control or its host is gone: no new requests until it is heard again
                 if node.name in self.nodes:
                     self._tell_peer(node)
 
@@ -487,11 +482,10 @@ class Peers:
             raise ValueError("it was not known before, and is now: it is heard when it connects again")
         if hello.region != node.region:
             log.warning("node %s says it is in %s, here it is in %s", node.name, hello.region[:32], node.region)
-        if hello.started_at != node.started_at:
-            node.sequence = -1
-            node.started_at = hello.started_at
+        if not 0 <= hello.started_at < _LATEST:
+            raise ValueError(f"it says it started at {hello.started_at}: expected unix seconds")
+        node.epoch = int(hello.started_at * 1000)
         node.fresh = set()
-        self._note_heard(node)
 
     def heard(self, node: Node, message: PeerMessage) -> None:
         """Raises ValueError for more than a node may say."""
@@ -535,28 +529,23 @@ class Peers:
         return False
 
     def _heard_state(self, node: Node, state: StateTold) -> None:
-        if state.sequence <= node.sequence:
+        now = self._clock.monotonic()
+        if not node.lease.heard(node.epoch, state.sequence, now, is_draining=state.is_draining):
             return  # said before
-        node.sequence, node.fault, node.is_draining = state.sequence, "", state.is_draining
-        self._note_heard(node)
+        node.fault = ""
+        if node.told is None or node.told.is_up is state.is_draining:
+            self._tell_peer(node)
         if state.rtts:
             row = {NodeName(name): rtt_s for name, rtt_s in state.rtts.items()}
             try:
-                self.latency.take_row(node.name, node.name, row, self._clock.monotonic())
+                self.latency.take_row(node.name, node.name, row, now)
+                self.faults.pop(node.name, None)
             except LatencyError as error:  # the rest of what it says stands
-                node.fault = str(error)
+                self.faults[node.name] = str(error)
         loads = tuple(one for one in state.loads if one.app in node.apps)
         if loads != node.loads:
             node.loads = loads
             self._hub.tell_all(ipc.LoadsSet(node.name, loads))
-
-    def _note_heard(self, node: Node) -> None:
-        now = self._clock.monotonic()
-        if not node.is_heard(now) and node.was_heard:
-            node.returned_at = now
-        node.heard_at, node.was_heard = now, True
-        if node.told is None or node.told.is_up is node.is_draining:
-            self._tell_peer(node)
 
     def _left(self, node: Node, name: AppName) -> None:
         if node.apps.pop(name, None) is None:
@@ -582,6 +571,7 @@ class Peers:
             {"name": self._plan.name, "region": self._plan.region, "is_self": True, "state": self._own_state(),
              "address": self._membership.nodes[0].backhaul, "rtt_ms": 0.0, "jitter_ms": 0.0,
              "apps": len(self._apps.names()), "machines": sum(len(one.machines) for one in self._apps.all()),
+             "started": _started(machine.state for one in self._apps.all() for machine in one.machines),
              "fault": ""}
         ]  # fmt: skip
         for node in sorted(self.nodes.values(), key=lambda one: one.name):
@@ -592,6 +582,7 @@ class Peers:
                  "address": f"{node.host}:{node.port}", "rtt_ms": round(rtt_s * 1000, 2),
                  "jitter_ms": round(pair.jitter_s * 1000, 2) if pair is not None else 0.0, "apps": len(node.apps),
                  "machines": sum(len(one) for one in node.machines.values()),
+                 "started": _started(machine.state for one in node.machines.values() for machine in one),
                  "fault": node.fault or self.faults.get(node.name, "")}
             )  # fmt: skip
         return rows
@@ -632,9 +623,12 @@ def _said(peer: PeerSection) -> tuple[RegionCode, str, int]:
 
 
 def _state(node: Node, now: float) -> str:
-    if not node.is_heard(now):
-        return "silent"
-    return "draining" if node.is_draining else "up"
+    state = node.lease.state(now)
+    return "up" if state is PeerState.HEALTHY else state.value
+
+
+def _started(states: Iterable[MachineState]) -> int:
+    return sum(one is MachineState.STARTED for one in states)
 
 
 def _loads_of(entry: Entry, in_flight: Callable[[int], int]) -> Iterable[RemoteLoad]:

@@ -3,9 +3,8 @@
     probes of this node --add--> Pair, one a node --own_row--> published
     rows of other nodes --take_row--> LatencyTable --rtt, order--> where requests go (nearest.py)
 
-Only probes measure. What the kernel knows of a live connection (TCP_INFO) may be a relay's distance, not the node's:
-it can ask for a probe, no more. Nothing here asks the time or sends anything; `now` is monotonic seconds, times are
-round trips in seconds.
+Only probes measure: what the kernel knows of a live connection (TCP_INFO) may be a relay's distance. Nothing here asks
+the time or sends anything; `now` is monotonic seconds, times are round trips in seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,7 +29,6 @@ JITTER_WEIGHT: Final = 0.25  # as of RTTVAR, RFC 6298 §2
 PAIR_TTL_S: Final = 10.0  # without a sample; probes come every second or so
 ROW_TTL_S: Final = 15.0
 REMEMBERED_S: Final = 600.0  # a time that was measured is a better guess than one by distance
-HINT_PAUSE_S: Final = 0.5  # between two probes that hints ask for
 
 MARGIN_S: Final = 0.002
 MARGIN: Final = 0.1  # of the longer of two times
@@ -72,13 +70,12 @@ def margin_s(rtt_s: float) -> float:
 class Pair:
     """The round trip to one node. `add` measures; a gap of more than 10 s begins anew."""
 
-    __slots__ = ("_asked_at", "_at", "_window", "count", "jitter_s", "value_s")
+    __slots__ = ("_at", "_window", "count", "jitter_s", "value_s")
 
     def __init__(self) -> None:
         self._window: deque[float] = deque(maxlen=WINDOW)
         self.value_s = 0.0  # the estimate, whatever its age; 0 before the first sample
         self._at = -math.inf
-        self._asked_at = -math.inf
         self.jitter_s = 0.0  # mean deviation of samples from the estimate
         self.count = 0  # samples, since the last gap
 
@@ -97,22 +94,9 @@ class Pair:
         if self.count > 1:
             self.jitter_s += JITTER_WEIGHT * (abs(rtt_s - self.value_s) - self.jitter_s)
 
-    def hint(self, rtt_s: float, now: float) -> bool:
-        """Whether a probe is due, given what a live connection seems to take. The estimate stays as it is."""
-        if now - self._asked_at < HINT_PAUSE_S or not 0.0 < rtt_s <= MAX_RTT_S:
-            return False
-        if self.is_fresh(now) and abs(rtt_s - self.value_s) <= margin_s(self.value_s):
-            return False
-        self._asked_at = now
-        return True
-
     def rtt_s(self, now: float) -> float | None:
         """The estimate, or None if there is none that still counts."""
         return self.value_s if self.is_fresh(now) else None
-
-    def age_s(self, now: float) -> float:
-        """Since the last sample; infinite before the first."""
-        return now - self._at
 
     def is_fresh(self, now: float) -> bool:
         return now - self._at <= PAIR_TTL_S
@@ -270,11 +254,6 @@ class LatencyTable:
             self._rankings.pop(region, None)
             self._remembered = {pair: one for pair, one in self._remembered.items() if region not in pair}
 
-    @property
-    def regions(self) -> Collection[RegionCode]:
-        """Those that have nodes."""
-        return self._members.keys()
-
     # --- what is measured
 
     def sample(self, node: NodeName, rtt_s: float, now: float) -> None:
@@ -285,15 +264,6 @@ class LatencyTable:
         if pair is None:
             pair = self._pairs[node] = Pair()
         pair.add(rtt_s, now)
-
-    def hint(self, node: NodeName, rtt_s: float, now: float) -> bool:
-        """Whether a probe of a node is due, given what a connection to it seems to take."""
-        if node == self._node or node not in self._regions:
-            return False
-        pair = self._pairs.get(node)
-        if pair is None:
-            pair = self._pairs[node] = Pair()
-        return pair.hint(rtt_s, now)
 
     def pair(self, node: NodeName) -> Pair | None:
         return self._pairs.get(node)

@@ -42,8 +42,7 @@ class Site(msgspec.Struct, frozen=True, gc=False):
     startable: int = 0  # sleep, and nothing holds them back
     starting: int = 0
     state: PeerState = PeerState.HEALTHY
-    share: float = 1.0  # of the requests that it would get (peer_health.PeerHealth.share)
-    rtt_s: float = 0.0
+    share: float = 1.0  # of the requests that it would get (peer_health)
     vias: tuple[NodeName, ...] = ()  # healthy nodes that reach it, best first (latency.LatencyTable.detours)
 
     @property
@@ -298,19 +297,6 @@ def next_step(ask: Ask, own: Site, sites: Sites, rng: random.Random, tried: Trie
     return _Search(ask, own, sites, rng, tried).step()
 
 
-def plan(ask: Ask, own: Site, sites: Sites, rng: random.Random, refusal: Code = Code.AT_HARD_LIMIT) -> list[Step]:
-    """The steps of a request that each refuses with this code, till no way is left: then the last is Nothing."""
-    tried = Tried(own.node)
-    steps: list[Step] = []
-    while len(steps) < MAX_STEPS:
-        step = next_step(ask, own, sites, rng, tried if steps else None)
-        steps.append(step)
-        if isinstance(step, Nothing):
-            break
-        tried.add(step, refusal)
-    return steps
-
-
 class _Search:
     """One choice. Areas are lists of groups, nearest first."""
 
@@ -519,7 +505,7 @@ class _Search:
     def _forced(self, node: NodeName) -> Step:
         """There, running or woken or waited for; by another way if need be; or nowhere."""
         site = self._own if node == self._own.node else self._sites.get(node)
-        if site is None or site.state is PeerState.LEFT:
+        if site is None:
             return Nothing(Code.FORCED_UNREACHED)
         ask, tried = self._ask, self._tried
         ways: list[tuple[int, Step]] = []

@@ -2,12 +2,11 @@
 
     Lease      what it publishes of itself, every 250 ms or so; held where publications arrive (control)
     Suspicion  what requests met on the way there; held by the worker that met it, and true at once
-    PeerHealth both
 
             heard                failed                 time
     silent -------> healthy ---------------> suspect ---------> healthy, at a tenth of its share, then more
       ^               |  ^ draining, undrained
-      +- lease over --+  +------> draining         left: it said goodbye; only a new start of it undoes that
+      +- lease over --+  +------> draining
 
 Time is ours alone, monotonic seconds at receipt. The sender's clock says when it started (its epoch) and nothing else,
 and may be minutes off: an epoch tells starts apart, and the order of two starts only where that can wait for a lease.
@@ -21,7 +20,6 @@ import random
 from collections import deque
 from typing import Final
 
-LEASE_S: Final = 0.8  # with publications every 250 ms: two may be lost, and a dead node gets nothing after 0.8 s
 EPOCHS_KEPT: Final = 16  # earlier starts of a node, whose late publications mean nothing
 _LARGEST: Final = 2**63 - 1
 
@@ -39,7 +37,6 @@ class PeerState(enum.StrEnum):
     SUSPECT = "suspect"  # requests could not be delivered there lately
     SILENT = "silent"  # its lease is over, or has not begun
     DRAINING = "draining"  # it asks for no new requests
-    LEFT = "left"  # it said that it goes
 
 
 def share_since(back_s: float) -> float:
@@ -61,9 +58,9 @@ class Lease:
     silent, or has started anew, gets its share bit by bit.
     """
 
-    __slots__ = ("_at", "_back_at", "_epoch", "_is_draining", "_is_left", "_lease_s", "_retired", "_sequence")
+    __slots__ = ("_at", "_back_at", "_epoch", "_is_draining", "_lease_s", "_retired", "_sequence")
 
-    def __init__(self, lease_s: float = LEASE_S) -> None:
+    def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
         self._epoch: int | None = None
         self._sequence = -1
@@ -71,11 +68,8 @@ class Lease:
         self._at = -math.inf
         self._back_at = -math.inf
         self._is_draining = False
-        self._is_left = False
 
-    def heard(
-        self, epoch: int, sequence: int, now: float, *, is_draining: bool = False, is_leaving: bool = False
-    ) -> bool:
+    def heard(self, epoch: int, sequence: int, now: float, *, is_draining: bool = False) -> bool:
         """A publication has come. False: it is old or a replay, and nothing that it says counts.
 
         An epoch before the one that is known is refused while the lease lasts, for that is what a late message looks
@@ -87,36 +81,33 @@ class Lease:
                 raise ValueError(f"{name}: expected a whole number from 0 to 2^63-1, saw {str(value)[:40]}")
         is_live = now < self._at + self._lease_s
         if epoch == self._epoch:
-            if sequence <= self._sequence or self._is_left:
+            if sequence <= self._sequence:
                 return False
             if not is_live:
                 self._back_at = now
         elif epoch in self._retired:
             return False
         elif self._epoch is not None:
-            if epoch < self._epoch and is_live and not self._is_left:
+            if epoch < self._epoch and is_live:
                 return False
             self._retired.append(self._epoch)
             self._back_at = now
         self._epoch, self._sequence, self._at = epoch, sequence, now
-        self._is_draining, self._is_left = is_draining, is_leaving
+        self._is_draining = is_draining
         return True
 
+    def lost(self) -> None:
+        """What it publishes over has ended: it is silent until it is heard again."""
+        self._at = -math.inf
+
     def state(self, now: float) -> PeerState:
-        """Healthy, silent, draining or left."""
-        if self._is_left:
-            return PeerState.LEFT
+        """Healthy, silent or draining."""
         if now >= self._at + self._lease_s:
             return PeerState.SILENT
         return PeerState.DRAINING if self._is_draining else PeerState.HEALTHY
 
     def share(self, now: float) -> float:
         return share_since(now - self._back_at) if self.state(now) is PeerState.HEALTHY else 0.0
-
-    @property
-    def deadline(self) -> float:
-        """When the lease ends, if nothing is heard before; infinite where there is none to end."""
-        return math.inf if self._is_left or self._epoch is None else self._at + self._lease_s
 
     @property
     def epoch(self) -> int | None:
@@ -174,20 +165,3 @@ class Suspicion:
 
     def _left(self, now: float) -> float:
         return self._failures * math.exp2(min(0.0, self._at - now) / _FAILURES_HALVE_S)
-
-
-class PeerHealth:
-    """A node as one process sees it: what it says of itself, and what requests met."""
-
-    __slots__ = ("lease", "suspicion")
-
-    def __init__(self, lease_s: float = LEASE_S) -> None:
-        self.lease = Lease(lease_s)
-        self.suspicion = Suspicion()
-
-    def state(self, now: float) -> PeerState:
-        state = self.lease.state(now)
-        return PeerState.SUSPECT if state is PeerState.HEALTHY and self.suspicion.is_suspect(now) else state
-
-    def share(self, now: float) -> float:
-        return min(self.lease.share(now), self.suspicion.share(now))

@@ -95,9 +95,6 @@ class Places:
         self._places = FLY | {code: Place(*point) for code, point in (own or {}).items()}
         self._km: dict[tuple[RegionCode, RegionCode], float] = {}  # of places known: their number bounds it
 
-    def get(self, region: RegionCode) -> Place | None:
-        return self._places.get(region)
-
     def distance_km(self, a: RegionCode, b: RegionCode) -> float | None:
         """None if nobody said where one of them is; a region is at no distance from itself."""
         if a == b:

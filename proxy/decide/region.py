@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from proxy.decide.places import FLY
-from proxy.model import RegionCode
 
 ANY: Final = "any"
 
@@ -34,14 +33,12 @@ _AREAS_OF: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
-def names_region(name: str, region: str) -> bool:
-    """Whether a code or alias means this region. An operator's region may itself be called `eu`: then it is meant."""
-    return name in (region, ANY) or region in AREAS.get(name, ())
-
-
 @dataclass(frozen=True, slots=True)
 class RegionWish:
-    """The regions that a request asks for, in order: codes and aliases. Forced ones are not left for others."""
+    """The regions that a request asks for, in order: codes and aliases. Forced ones are not left for others.
+
+    An operator's region may itself be called `eu`: then it is meant too.
+    """
 
     names: tuple[str, ...]
     is_forced: bool = False
@@ -61,21 +58,3 @@ class RegionWish:
             found = [first[name] for name in (region, ANY, *_AREAS_OF.get(region, ())) if name in first]
             ranks.append(min(found) if found else last)
         return ranks
-
-
-def expand_regions(
-    names: Iterable[str], local: RegionCode, known: Iterable[RegionCode]
-) -> tuple[tuple[RegionCode, ...], ...]:
-    """The regions that a list means, area by area in its order; inside an area the local one first, then as in `known`.
-
-    A region stands only in the first area that has it; areas without one are left out. With one node, all that counts
-    is whether anything is left.
-    """
-    left = list(dict.fromkeys((local, *known)))
-    areas: list[tuple[RegionCode, ...]] = []
-    for name in names:
-        area = tuple(region for region in left if names_region(name, region))
-        if area:
-            areas.append(area)
-            left = [region for region in left if region not in area]
-    return tuple(areas)

@@ -69,7 +69,7 @@ class CacheOrder(msgspec.Struct, frozen=True):
 class Directive(msgspec.Struct, frozen=True):
     """A replay as asked for. A struct, since it is made eight times as fast as a frozen dataclass of this size."""
 
-    regions: tuple[str, ...] = ()  # codes and aliases in order, no others; see region.expand_regions
+    regions: tuple[str, ...] = ()  # codes and aliases in order, no others; see region.RegionWish
     instance: MachineId | None = None
     prefer_instance: MachineId | None = None
     app: AppName | None = None  # None = the app that answered

@@ -117,7 +117,7 @@ class KnownSites:
                     self._look_at = min(self._look_at, now + _RECOVERING_S)
         return Site(
             node=view.node, region=record.region, below_soft=below_soft, below_hard=below_hard, full=full,
-            failing=failing, startable=startable, starting=starting, state=state, share=share, rtt_s=record.rtt_s,
+            failing=failing, startable=startable, starting=starting, state=state, share=share,
             vias=record.vias,
         )  # fmt: skip
 

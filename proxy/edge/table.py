@@ -442,7 +442,10 @@ class Table:
             sites.pop(name, None)
 
     def set_site(self, app: AppName, node: NodeName, machines: tuple[RemoteMachine, ...]) -> None:
-        """The machines of an app at another node, all of them. What comes before the node or the app is kept for it."""
+        """The machines of an app at another node, all of them, kept also where the app is not known yet.
+
+        Control tells of a node before it tells of its machines.
+        """
         sites = self._sites.setdefault(app, {})
         if not machines:
             sites.pop(node, None)

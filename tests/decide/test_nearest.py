@@ -24,7 +24,6 @@ from proxy.decide.nearest import (
     Wait,
     Wake,
     next_step,
-    plan,
     why_not,
 )
 from proxy.decide.peer_health import PeerState
@@ -35,7 +34,20 @@ from proxy.model import NodeName, RegionCode, WakeMode
 AMS, FRA, IAD, SYD = ORDER = [RegionCode(one) for one in ("ams", "fra", "iad", "syd")]
 RANKS = {region: at for at, region in enumerate(ORDER)}
 ME = NodeName("a1")
-SUSPECT, SILENT, DRAINING, LEFT = PeerState.SUSPECT, PeerState.SILENT, PeerState.DRAINING, PeerState.LEFT
+SUSPECT, SILENT, DRAINING = PeerState.SUSPECT, PeerState.SILENT, PeerState.DRAINING
+
+
+def plan(ask: Ask, own: Site, sites: Sites, rng: random.Random, refusal: Code = Code.AT_HARD_LIMIT) -> list[Step]:
+    """The steps of a request that each refuses with this code, till no way is left: then the last is Nothing."""
+    tried = Tried(own.node)
+    steps: list[Step] = []
+    while len(steps) < MAX_STEPS:
+        step = next_step(ask, own, sites, rng, tried if steps else None)
+        steps.append(step)
+        if isinstance(step, Nothing):
+            break
+        tried.add(step, refusal)
+    return steps
 
 
 def n(name: str) -> NodeName:
@@ -87,7 +99,7 @@ HARD = {"full": 2}
         (site("a1", **HARD), [site("a2", failing=1), site("i1", 9), site("f1", **SOFT)], Peer(n("f1"))),
         (site("a1"), [site("a2", 3, state=SILENT), site("f1", 1)], Peer(n("f1"))),
         (site("a1"), [site("a2", 3, state=DRAINING), site("f1", 1)], Peer(n("f1"))),
-        (site("a1"), [site("a2", 3, state=LEFT), site("s1", 1)], Peer(n("s1"))),
+        (site("a1"), [site("a2", 3, state=SILENT), site("s1", 1)], Peer(n("s1"))),
         (site("a1", 3, state=DRAINING), [site("s1", 1)], Peer(n("s1"))),  # this node drains
     ],
 )
@@ -205,7 +217,7 @@ def test_a_forced_region_is_never_left() -> None:
 
 def test_a_forced_machine_is_gone_to_where_it_is_whatever_the_load() -> None:
     known = sites(
-        site("s1", full=1), site("f1", 3), site("i1", 1, state=SILENT, vias=(n("f1"),)), site("i2", state=LEFT)
+        site("s1", full=1), site("f1", 3), site("i1", 1, state=SILENT, vias=(n("f1"),)), site("i2", state=SILENT)
     )
     own = site("a1", 5)
     assert plan(Ask(force=n("s1")), own, known, rng()) == [
@@ -304,7 +316,7 @@ def test_suspect_and_draining_nodes_are_better_than_nothing() -> None:
     [
         (site("a1"), [], Code.NO_CANDIDATE),
         (site("a1"), [site("f1", 1, state=SILENT)], Code.PEER_UNREACHED),
-        (site("a1"), [site("f1", startable=1, state=LEFT)], Code.PEER_UNREACHED),
+        (site("a1"), [site("f1", startable=1, state=SILENT)], Code.PEER_UNREACHED),
         (site("a1", full=1), [site("f1", 1, state=SILENT)], Code.AT_HARD_LIMIT),
         (site("a1", failing=1), [], Code.NO_HEALTHY),
         (site("a1", startable=1), [], Code.NO_CANDIDATE),
@@ -451,7 +463,7 @@ def test_every_way_ends_none_is_gone_twice_and_what_is_forced_is_never_left(
         assert way not in gone
         gone.add(way)
         there = own if at(step) == ME else known.get(at(step))
-        assert there is not None and there.state is not PeerState.LEFT
+        assert there is not None
         if ask.force is not None:
             assert there.node == ask.force
         else:
@@ -480,7 +492,7 @@ def test_plans_are_bounded_and_each_site_that_is_not_next_has_a_reason(made: tup
     assert [one for one, _ in told] == [own, *known]
     for one, why in told:
         if not why:
-            assert one.state is not PeerState.LEFT and one.share == 1.0
+            assert one.state is not PeerState.SILENT and one.share == 1.0
 
 
 # --- in words

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from proxy.decide.peer_health import (
     EPOCHS_KEPT,
-    LEASE_S,
     Lease,
-    PeerHealth,
     PeerState,
     Suspicion,
     share_since,
@@ -23,11 +21,12 @@ from proxy.decide.peer_health import (
 
 T0 = 5_000.0
 EPOCH = 1_790_000_000_000  # unix ms, by the node's own clock
-HEALTHY, SUSPECT, SILENT, DRAINING, LEFT = PeerState
+HEALTHY, _, SILENT, DRAINING = PeerState
+LEASE_S = 0.8
 
 
 def a_lease(at: float = T0) -> Lease:
-    lease = Lease()
+    lease = Lease(LEASE_S)
     assert lease.heard(EPOCH, 10, at)
     return lease
 
@@ -36,11 +35,11 @@ def a_lease(at: float = T0) -> Lease:
 
 
 def test_a_node_is_silent_until_it_is_heard_of_and_then_whole() -> None:
-    lease = Lease()
-    assert lease.state(T0) is SILENT and lease.share(T0) == 0 and lease.deadline == float("inf")
+    lease = Lease(LEASE_S)
+    assert lease.state(T0) is SILENT and lease.share(T0) == 0
     assert lease.heard(EPOCH, 0, T0)
     assert lease.state(T0) is HEALTHY and lease.share(T0) == 1.0
-    assert lease.deadline == T0 + LEASE_S and lease.epoch == EPOCH
+    assert lease.epoch == EPOCH
 
 
 def test_the_lease_ends_by_our_clock_and_replays_do_not_lengthen_it() -> None:
@@ -54,7 +53,7 @@ def test_the_lease_ends_by_our_clock_and_replays_do_not_lengthen_it() -> None:
 
 @given(st.lists(st.integers(0, 30), max_size=60))
 def test_whatever_the_order_only_growing_sequences_count(sequences: list[int]) -> None:
-    lease, highest, now, last = Lease(), -1, T0, T0
+    lease, highest, now, last = Lease(LEASE_S), -1, T0, T0
     for sequence in sequences:
         now += 0.1
         assert lease.heard(EPOCH, sequence, now) is (sequence > highest)
@@ -105,7 +104,7 @@ def test_late_messages_of_an_unknown_earlier_start_are_refused_while_the_node_is
 
 
 def test_starts_that_are_remembered_are_bounded() -> None:
-    lease = Lease()
+    lease = Lease(LEASE_S)
     for at in range(100):
         assert lease.heard(EPOCH + at, 0, T0 + at / 10)
     for at in range(99 - EPOCHS_KEPT, 99):
@@ -121,15 +120,6 @@ def test_a_draining_node_gets_nothing_and_is_whole_when_undrained() -> None:
     assert lease.state(T0 + 0.4) is HEALTHY and lease.share(T0 + 0.4) == 1.0
 
 
-def test_a_goodbye_holds_until_a_new_start() -> None:
-    lease = a_lease()
-    assert lease.heard(EPOCH, 11, T0 + 0.2, is_leaving=True)
-    assert lease.state(T0 + 0.2) is LEFT and lease.deadline == float("inf")
-    assert not lease.heard(EPOCH, 12, T0 + 0.3) and lease.state(T0 + 9) is LEFT
-    assert lease.heard(EPOCH - 300_000, 0, T0 + 0.5)  # started again, its clock set back
-    assert lease.state(T0 + 0.5) is HEALTHY and lease.share(T0 + 0.5) == pytest.approx(0.1)
-
-
 @pytest.mark.parametrize("bad", [-1, 2**63, True, 1.5, "7", None])
 def test_numbers_that_no_node_sends_are_refused_with_their_name(bad: int) -> None:
     lease = a_lease()
@@ -140,17 +130,24 @@ def test_numbers_that_no_node_sends_are_refused_with_their_name(bad: int) -> Non
     assert lease.heard(EPOCH, 11, T0)
 
 
+def test_a_node_whose_connection_ended_is_silent_at_once_and_returns_slowly() -> None:
+    lease = a_lease()
+    lease.lost()
+    assert lease.state(T0) is SILENT and lease.share(T0) == 0
+    assert not lease.heard(EPOCH, 10, T0 + 0.1) and lease.state(T0 + 0.1) is SILENT
+    assert lease.heard(EPOCH - 300_000, 0, T0 + 0.2)  # started again, its clock set back
+    assert lease.state(T0 + 0.2) is HEALTHY and lease.share(T0 + 0.2) == pytest.approx(0.1)
+
+
 # --- failures
 
 
 def test_one_failure_makes_a_node_suspect_at_once_for_a_second() -> None:
-    health = PeerHealth()
-    health.lease.heard(EPOCH, 0, T0)
-    health.suspicion.failed(T0 + 0.1)
-    assert health.state(T0 + 0.1) is SUSPECT and health.share(T0 + 0.1) == 0
-    assert health.lease.heard(EPOCH, 1, T0 + 0.5) and health.state(T0 + 0.5) is SUSPECT  # publications do not end it
-    assert health.lease.heard(EPOCH, 2, T0 + 1.2)
-    assert health.state(T0 + 1.2) is HEALTHY and 0.1 <= health.share(T0 + 1.2) < 0.12
+    suspicion = Suspicion()
+    suspicion.failed(T0 + 0.1)
+    assert suspicion.is_suspect(T0 + 0.1) and suspicion.share(T0 + 0.1) == 0
+    assert suspicion.is_suspect(T0 + 0.5)
+    assert not suspicion.is_suspect(T0 + 1.2) and 0.1 <= suspicion.share(T0 + 1.2) < 0.12
 
 
 def test_each_further_failure_doubles_the_time_up_to_half_a_minute_and_a_crowd_counts_once() -> None:
@@ -216,7 +213,7 @@ def wan(sent: float, rng: random.Random) -> float | None:
 
 def choices(lives: list[tuple[float, float, int]], until: float, fate: Fate, seed: int) -> list[tuple[float, bool]]:
     """500 requests a second that would all go to one node: (time, whether it got it). `lives`: (from, to, epoch)."""
-    rng, health = random.Random(seed), PeerHealth()
+    rng, lease = random.Random(seed), Lease(LEASE_S)
     arrivals: list[tuple[float, int, int]] = []
     for begin, end, epoch in lives:
         for sequence in range(int((end - begin) / 0.25)):
@@ -231,8 +228,8 @@ def choices(lives: list[tuple[float, float, int]], until: float, fate: Fate, see
         now = step / 500
         while arrivals and arrivals[0][0] <= now:
             at, epoch, sequence = heapq.heappop(arrivals)
-            health.lease.heard(epoch, sequence, at)
-        made.append((now, health.state(now) is HEALTHY and takes(health.share(now), rng)))
+            lease.heard(epoch, sequence, at)
+        made.append((now, lease.state(now) is HEALTHY and takes(lease.share(now), rng)))
     return made
 
 

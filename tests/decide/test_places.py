@@ -63,8 +63,8 @@ def test_no_two_of_flys_regions_are_at_the_same_place() -> None:
 def test_an_operators_section_adds_a_region_and_its_word_on_one_of_flys_wins() -> None:
     known = Places({code("home"): (53.22, 6.57), code("ams"): (52.0, 4.0)})
     assert known.distance_km(code("home"), code("fra")) == pytest.approx(360, rel=0.15)
-    assert known.get(code("ams")) == Place(52.0, 4.0)
-    assert Places().get(code("ams")) == FLY[code("ams")]
+    assert known.distance_km(code("ams"), code("fra")) == distance_km(Place(52.0, 4.0), FLY[code("fra")])
+    assert Places().distance_km(code("ams"), code("fra")) == distance_km(FLY[code("ams")], FLY[code("fra")])
     assert Places().distance_km(code("home"), code("fra")) is None
 
 

@@ -66,15 +66,16 @@ def test_where_a_machine_far_away_runs_and_a_near_one_sleeps(
     machines = {region: machine_of(fleet, f"{region}-1", app) for region in ("ams", "iad")}
     assert served_by(fleet, "iad-1", app) == machines["iad"]
     assert fleet["ams-1"].machines(app)[0]["state"] == "created"
-    wait_for(lambda: _known_state(fleet, "ams-1", "iad-1") == "up", 5, "iad is heard")
-    time.sleep(0.5)  # for ams to hear that it runs
+    running = _started_at_iad(fleet, "iad-1")
+    wait_for(lambda: _started_at_iad(fleet, "ams-1") == running, 5, "ams hears that it runs")
     assert served_by(fleet, "ams-1", app) == machines[first]
     wait_for(lambda: served_by(fleet, "ams-1", app) == machines[later], 10, f"{later} serves")
     assert served_by(fleet, "ams-1", app) == machines[later]
 
 
-def _known_state(fleet: FleetOfNodes, node: str, other: str) -> str:
-    return fleet.states(fleet[node]).get(other, "")
+def _started_at_iad(fleet: FleetOfNodes, seen_from: str) -> int:
+    rows = json.loads(fleet[seen_from].cli("nodes", "--json"))
+    return int(next(one["started"] for one in rows if one["name"] == "iad-1"))
 
 
 def test_the_own_region_comes_first_and_a_client_may_ask_for_another(fleet: FleetOfNodes) -> None:
