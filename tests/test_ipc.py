@@ -57,7 +57,7 @@ TO_WORKER = [
     ipc.EndTunnels(AppName("hello"), MACHINE.id),
     ipc.CertificateReady("hello.apps.test", "no such app"),
     ipc.IdentityReady(),
-    ipc.PeerSet(Peer(NodeName("iad-1"), RegionCode("iad"), "192.0.2.1", 8443, False, True, 0.25, 0.081)),
+    ipc.PeerSet(Peer(NodeName("iad-1"), RegionCode("iad"), "192.0.2.1", 8443, False, True, 0.25, (NodeName("fra-1"),))),
     ipc.PeerGone(NodeName("iad-1")),
     ipc.RegionsSet((RegionCode("ams"), RegionCode("iad"))),
     ipc.SiteSet(

@@ -64,13 +64,27 @@ class Crowd:
         if since:
             self._note_older(since)
         cells[self.base + HELD] += 1
-        self.most = max(self.most, self.memory.worker_total(HELD))
+        self.most = max(self.most, self._held_at_once())
         await asyncio.sleep(hold_s)
-        self.most = max(self.most, self.memory.worker_total(HELD))
+        self.most = max(self.most, self._held_at_once())
         cells[self.base + HELD] -= 1
         cells[self.base + SERVED] += 1
         self.load.release_fenced(MACHINE)
         self.queue.freed(APP)
+
+    def _held_at_once(self) -> int:
+        """Requests held at one moment: two readings of all workers' counters that agree. 0 if none do.
+
+        A single reading takes its time: a place that went from one worker to another meanwhile is in it twice.
+        """
+        before: list[int] = []
+        for _ in range(10):
+            rows = [self.memory.worker_base(worker) for worker in range(WORKERS)]
+            now = [self.memory.cells[row + cell] for row in rows for cell in (HELD, SERVED)]
+            if now == before:
+                return sum(now[::2])
+            before = now
+        return 0
 
     def _note_older(self, since: int) -> None:
         """By how much the oldest that still waits anywhere came before the one that is let in."""
